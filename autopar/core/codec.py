@@ -1,0 +1,102 @@
+"""JSON for nouns: a frozen dataclass of tuples, numbers, strings, enums and other nouns, to plain data and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import types
+import typing
+from typing import Any, TypeVar
+
+from autopar.core.errors import BadInput
+
+T = TypeVar("T")
+
+
+def to_data(noun: Any) -> Any:
+    """Returns plain JSON data: dataclasses become objects (a union member carries its class name), tuples lists."""
+    if isinstance(noun, enum.Enum):
+        return noun.value
+    if dataclasses.is_dataclass(noun):
+        data = {f.name: to_data(getattr(noun, f.name)) for f in dataclasses.fields(noun)}
+        return {"is": type(noun).__name__, **data}
+    if isinstance(noun, tuple | list):
+        return [to_data(x) for x in typing.cast("tuple[Any, ...]", noun)]
+    if noun is None or isinstance(noun, bool | int | float | str):
+        return noun
+    raise TypeError(f"expected a noun, tuple, number, string or None, got {type(noun).__name__}")
+
+
+def from_data(kind: type[T], data: Any, where: str = "") -> T:
+    """Returns the noun of class `kind` that `to_data` turned into `data`.
+
+    Raises:
+        BadInput: data that does not have that shape; the message names the path inside the file.
+    """
+    return typing.cast(T, _read(kind, data, where or kind.__name__))
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _read(kind: Any, data: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _union(args, data, where)
+    if origin is tuple:
+        return _tuple(args, data, where)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _noun(kind, data, where)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        _expect(data in [member.value for member in kind], kind.__name__, data, where)
+        return kind(data)
+    if kind is float:
+        _expect(isinstance(data, int | float) and not isinstance(data, bool), "a number", data, where)
+        return float(data)
+    _expect(type(data) is kind, getattr(kind, "__name__", str(kind)), data, where)
+    return data
+
+
+def _expect(ok: bool, what: str, data: Any, where: str) -> None:
+    if not ok:
+        raise BadInput(f"{where}: expected {what}, got {str(data)[:60]!r}")
+
+
+def _union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and type(None) in kinds:
+        return None
+    rest = [k for k in kinds if k is not type(None)]
+    named = [k for k in rest if isinstance(data, dict) and getattr(k, "__name__", "") == data.get("is")]  # type: ignore[reportUnknownMemberType]
+    for kind in named or rest:
+        if named or len(rest) == 1 or type(data) is kind:
+            return _read(kind, data, where)
+    raise BadInput(
+        f"{where}: expected one of {[getattr(k, '__name__', k) for k in rest]}, got {str(data)[:60]!r}"
+    )
+
+
+def _tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
+    _expect(isinstance(data, list), "a list", data, where)
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_read(args[0], x, f"{where}[{i}]") for i, x in enumerate(data))
+    _expect(len(data) == len(args), f"a list of {len(args)}", data, where)
+    return tuple(_read(kind, x, f"{where}[{i}]") for i, (kind, x) in enumerate(zip(args, data)))
+
+
+def _noun(kind: type, data: Any, where: str) -> Any:
+    _expect(
+        isinstance(data, dict) and data.get("is", kind.__name__) == kind.__name__,
+        f"a {kind.__name__}",
+        data,
+        where,
+    )
+    hints, fields = _hints(kind), {}
+    for field in dataclasses.fields(kind):
+        if field.name in data:
+            fields[field.name] = _read(hints[field.name], data[field.name], f"{where}.{field.name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise BadInput(f"{where}: {kind.__name__} needs {field.name!r}, which is missing")
+    return kind(**fields)
