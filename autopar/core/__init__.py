@@ -1,1 +1,1 @@
-"""The nouns that pass between the rooms: frozen dataclasses without JAX that print, check and save themselves."""
+"""The nouns that pass between the rooms: frozen dataclasses without JAX."""

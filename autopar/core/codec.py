@@ -1,4 +1,4 @@
-"""JSON for nouns: a frozen dataclass of tuples, numbers, strings, enums and other nouns, to plain data and back."""
+"""JSON for nouns: frozen dataclasses of tuples, numbers, strings and other nouns, to plain data and back."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ T = TypeVar("T")
 
 
 def to_data(noun: Any) -> Any:
-    """Returns plain JSON data: dataclasses become objects (a union member carries its class name), tuples lists."""
+    """Returns plain JSON data: a dataclass becomes an object that carries its class name, a tuple a list."""
     if isinstance(noun, enum.Enum):
         return noun.value
-    if dataclasses.is_dataclass(noun):
+    if dataclasses.is_dataclass(noun) and not isinstance(noun, type):
         data = {f.name: to_data(getattr(noun, f.name)) for f in dataclasses.fields(noun)}
-        return {"is": type(noun).__name__, **data}
+        return {"is": noun.__class__.__name__, **data}
     if isinstance(noun, tuple | list):
         return [to_data(x) for x in typing.cast("tuple[Any, ...]", noun)]
     if noun is None or isinstance(noun, bool | int | float | str):
@@ -69,13 +69,22 @@ def _union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
     if data is None and type(None) in kinds:
         return None
     rest = [k for k in kinds if k is not type(None)]
-    named = [k for k in rest if isinstance(data, dict) and getattr(k, "__name__", "") == data.get("is")]  # type: ignore[reportUnknownMemberType]
+    named = [k for k in rest if _name(k) == _label(data)]
     for kind in named or rest:
         if named or len(rest) == 1 or type(data) is kind:
             return _read(kind, data, where)
     raise BadInput(
         f"{where}: expected one of {[getattr(k, '__name__', k) for k in rest]}, got {str(data)[:60]!r}"
     )
+
+
+def _name(kind: Any) -> str:
+    return str(getattr(kind, "__name__", kind))
+
+
+def _label(data: Any) -> str:
+    """The class name an object carries, "" for other data."""
+    return str(typing.cast("dict[str, Any]", data).get("is", "")) if isinstance(data, dict) else ""
 
 
 def _tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
@@ -88,7 +97,7 @@ def _tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
 
 def _noun(kind: type, data: Any, where: str) -> Any:
     _expect(
-        isinstance(data, dict) and data.get("is", kind.__name__) == kind.__name__,
+        _label(data) == kind.__name__,
         f"a {kind.__name__}",
         data,
         where,

@@ -48,7 +48,7 @@ class DoesNotFit(PlanError):
     """No plan keeps every device within its memory.
 
     Attributes:
-        missing: bytes by which the best plan found is over the limit (a lower bound on what is missing), or None.
+        missing: bytes by which the best plan found is over the limit, or None.
     """
 
     def __init__(self, message: str, missing: int | None = None):

@@ -1,4 +1,4 @@
-"""The graph of one step: values, equations with factor rules, and marks that say which layer and phase each belongs to."""
+"""The graph of one step: values, equations with factor rules, and the layer and phase each belongs to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Phase(enum.StrEnum):
 
 
 class OpKind(enum.StrEnum):
-    """What an equation costs (see `sharding.cost`); decided by `trace`, so that no later room asks for an op's name."""
+    """What an equation costs; decided by `trace`, so that no later room asks for an op's name."""
 
     CONTRACTION = "contraction"  # matrix products and convolutions: FLOPs and memory traffic
     FUSED = "fused"  # elementwise: folded into its neighbours, never kept
@@ -43,7 +43,7 @@ class Combine(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One tensor. `name` is the tree path of an argument or result ("state.params['Block_0']['kernel']"), else ""."""
+    """One tensor. `name` is the tree path of an argument or result ("params/Block_0/kernel"), else ""."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -100,7 +100,11 @@ def letter(factor: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """The body of a scan. Body inputs are consts, carries, then slices of the scanned operands; outputs carries, then stacked."""
+    """The body of a scan.
+
+    The body's inputs are the consts, the carries, then one slice of each scanned operand; its outputs are the
+    carries, then one slice of each stacked result.
+    """
 
     body: Graph
     length: int
@@ -120,7 +124,8 @@ class Equation:
         kind: what it costs.
         flops: of the whole operation, unsharded.
         phase: when it runs.
-        layer: index into `Graph.layers`, or None: belongs to no layer (a mask, a counter) and is computed wherever it is used.
+        layer: index into `Graph.layers`, or None: belongs to no layer (a mask, a counter) and is computed
+            wherever it is used.
         source: the user's "file.py:41", or "".
         loop: the body, when kind is LOOP.
     """
@@ -152,7 +157,7 @@ class Graph:
         inputs: value ids of the arguments' leaves, in order.
         outputs: value ids of the results' leaves; None for a result that is a literal.
         layers: names of the layers, in forward order.
-        aliases: (output position, input position): the output is the next step's input (state), so layouts agree.
+        aliases: (output position, input position): the output is the next step's input, so layouts agree.
         batch: ids of the inputs that differ per micro-batch (leaves of the batch, the micro-batch's index).
         constants: ids of captured constants: inputs of the program that are not arguments.
         microbatches: how many micro-batches make a step; shapes in the graph are those of one.

@@ -1,4 +1,4 @@
-"""Plans: how one region of the graph is sharded on one mesh, and how the whole step is spread over a cluster."""
+"""Plans: how one region of the graph is sharded on one mesh, and how a step is spread over a cluster."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """Communication the compiled program will do. nbytes: what one device puts on the wire each time; count: times per step."""
+    """Communication the compiled program will do.
+
+    nbytes: what one device puts on the wire each time. seconds: each time. count: times per step.
+    """
 
     kind: str  # all-reduce, all-gather, reduce-scatter, all-to-all, permute
     axes: tuple[str, ...]
@@ -55,18 +58,18 @@ class ShardingPlan:
 
     Attributes:
         mesh: the devices.
-        specs: (value id, layout in which the value is kept) for every tensor of the region with at least one dim.
-        uses: (equation index, operand position, layout the equation reads it in) where that differs from `specs`.
-        partials: (equation index, result position, layout right after the equation, before it is scattered further)
-            where that differs from `specs`.
+        specs: (value id, layout in which it is kept) for every tensor of the region with at least one dim.
+        uses: (equation index, operand position, layout it is read in) where that differs from `specs`.
+        partials: (equation index, result position, layout right after the equation, before it is scattered
+            further) where that differs from `specs`.
         forward, backward: seconds per micro-batch. apply: seconds per step.
         memory: bytes on one device.
         collectives: all predicted communication.
-        objective, bound: seconds per step: what the choice costs in the model and what no choice can be below.
+        objective, bound: seconds per step: what the choice costs in the model, and what no choice is below.
         status: "optimal" or "feasible".
         notes: equations without a rule, layouts given up, …, each for people.
         dtypes: (from, to): element types this stage keeps in another type, because its devices lack them.
-        products: (from, to): the type in which matrix products of such values run (operands scaled per tensor).
+        products: (from, to): the type in which their matrix products run (operands scaled per tensor).
     """
 
     mesh: Mesh
@@ -97,7 +100,7 @@ class ShardingPlan:
 
     @cached_property
     def made(self) -> dict[tuple[int, int], Spec]:
-        """(Equation index, result position) → layout right after the equation, where that differs from `layout`."""
+        """(Equation index, result position) → layout right after it, where that differs from `layout`."""
         return {(e, k): spec for e, k, spec in self.partials}
 
     @property

@@ -1,4 +1,4 @@
-"""A program: what each worker does in one step, as a list of instructions that a small interpreter can run."""
+"""A program: what each worker does in one step, as instructions that a small interpreter can run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Role(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Buffer:
-    """A name for a tensor on a worker: a value of the graph, of one micro-batch if `microbatch` is not None."""
+    """A name for a tensor on a worker: a value of the graph, of one micro-batch if that is not None."""
 
     value: int
     microbatch: int | None = None
@@ -42,8 +42,9 @@ class Segment:
         name: "forward_0", "apply.1_2" (level 1 on stage 2), or "step".
         stage: who runs it.
         phase: forward and backward run once per micro-batch, apply once per step.
-        level: apply segments of one stage run in order of level; a level ends where another stage's result is needed.
-        equations: indices into the graph's equations, in order (those without a layer may be in several segments).
+        level: a stage's apply segments run in order of level; a level ends where another stage's result
+            is needed.
+        equations: indices into the graph's, in order (one without a layer may be in several segments).
         inputs: value ids read; outputs: value ids others need.
     """
 
@@ -95,7 +96,10 @@ class Recv:
 
 @dataclass(frozen=True, slots=True)
 class Accumulate:
-    """Fold one micro-batch's values into their sums: sum = first ? scale·x : sum + scale·x. concat: append along dim 0."""
+    """Fold one micro-batch's values into their sums: sum = first ? scale·x : sum + scale·x.
+
+    concat: append along dim 0 instead.
+    """
 
     sums: tuple[Buffer, ...]
     buffers: tuple[Buffer, ...]
@@ -186,8 +190,8 @@ class Worker:
     """One stage's part of a program.
 
     Attributes:
-        state: buffers that are there before the first step and after each (parameters, moments, constants).
-        feeds: buffers the caller supplies at the start of each step (the batch's leaves, per micro-batch or whole).
+        state: buffers there before the first step and after each (parameters, moments, constants).
+        feeds: buffers the caller supplies at the start of each step (leaves of the batch, per micro-batch).
         results: (position among the step's outputs, buffer) that the caller may fetch after the step.
         instructions: in order.
         slots: how each value is kept here.
@@ -201,7 +205,7 @@ class Worker:
     slots: tuple[Slot, ...]
 
     def slot(self, buffer: Buffer) -> Slot:
-        """Returns how this buffer is kept. Linear: build `{s.value: s for s in worker.slots}` for many look-ups."""
+        """Returns how this buffer is kept (a linear search: build a dict for many look-ups)."""
         return next(slot for slot in self.slots if slot.value == buffer.value)
 
 

@@ -1,4 +1,4 @@
-"""A schedule as data: for every stage, the order in which it runs the forward and backward of each micro-batch."""
+"""A schedule as data: the order in which each stage runs the forward and backward of each micro-batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Schedule:
-    """`tasks[s]` is what stage s does, in order. `in_flight[s]`: most micro-batches whose activations it holds at once."""
+    """`tasks[s]` is what stage s does, in order."""
 
     name: str
     tasks: tuple[tuple[Task, ...], ...]

@@ -1,4 +1,4 @@
-"""A spec: which mesh axes shard each dim of a tensor, major axis first. `((), ("x", "y"))` shards dim 1 over x and y."""
+"""A spec: the mesh axes that shard each dim of a tensor, major first; `((), ("x", "y"))` shards dim 1 twice."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One instruction in time. start, stop: seconds since the step began. microbatch: None for once-per-step work."""
+    """One instruction in time. start, stop: seconds since the step began. microbatch: None if once a step."""
 
     worker: int
     name: str
