@@ -1,0 +1,128 @@
+"""Everything that depends on how this version of JAX writes structured equations, or on its private names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+from jax.extend.core import ClosedJaxpr, DebugInfo, DropVar, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+
+Atom: TypeAlias = Var | Literal
+
+DIFFERENTIABLE = frozenset(
+    {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat2", "remat", "checkpoint"}
+)
+"""Calls that mean something to differentiation; `flatten(keep=DIFFERENTIABLE)` leaves them whole."""
+
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "core_closed_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "custom_vmap_call": "call",
+    "composite": "jaxpr",
+}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan equation taken apart.
+
+    Its operands are consts, initial carries, scanned arrays; its results final carries, stacked arrays.
+    """
+
+    body: ClosedJaxpr
+    length: int
+    consts: int
+    carries: int
+    reverse: bool
+    unroll: int
+
+
+def closed(jaxpr: Any) -> ClosedJaxpr:
+    """Returns `jaxpr` as a ClosedJaxpr (JAX keeps some inner jaxprs open, without constants)."""
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+
+
+def called(equation: JaxprEqn) -> ClosedJaxpr | None:
+    """Returns the jaxpr that a call (jit, remat, custom_jvp…) stands for, None for any other equation."""
+    name = _CALLS.get(equation.primitive.name)
+    inner = equation.params.get(name) if name else None
+    return closed(inner) if isinstance(inner, ClosedJaxpr | Jaxpr) else None
+
+
+def is_recomputation(equation: JaxprEqn) -> bool:
+    """Returns whether a remat equation recomputes in the backward pass, and XLA must not undo that."""
+    params = equation.params
+    return bool(params.get("differentiated") and params.get("prevent_cse"))
+
+
+def inner_jaxprs(equation: JaxprEqn) -> list[ClosedJaxpr]:
+    """Returns every jaxpr found in the parameters of an equation (bodies, conditions, branches)."""
+    found: list[ClosedJaxpr] = []
+    for value in equation.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr | Jaxpr):
+                found.append(closed(item))
+    return found
+
+
+def scan_of(equation: JaxprEqn) -> Scan | None:
+    """Returns a scan equation taken apart, None for any other equation."""
+    if equation.primitive.name != "scan":
+        return None
+    params = equation.params
+    if "num_consts" in params:
+        consts, carries = params["num_consts"], params["num_carry"]
+    else:  # jax 0.12 describes operands by flat trees: (consts, carry, xs)
+        const_tree, carry_tree, _ = params["ft_in"].unpack()
+        consts, carries = len(const_tree), len(carry_tree)
+    return Scan(params["jaxpr"], params["length"], consts, carries, params["reverse"], params["unroll"])
+
+
+def variable(aval: Any) -> Var:
+    """Returns a fresh variable of abstract value `aval`."""
+    return Var(aval)
+
+
+def debug_info(name: str, inputs: int, outputs: int) -> DebugInfo:
+    """Returns the debug record that JAX wants on every jaxpr, without argument names."""
+    return DebugInfo(name, None, ("",) * inputs, ("",) * outputs)  # type: ignore[arg-type]
+
+
+def make_jaxpr(
+    inputs: Sequence[Var], outputs: Sequence[Atom], equations: Sequence[JaxprEqn], name: str = "autopar"
+) -> Jaxpr:
+    """Returns an open jaxpr of the given equations, its effects gathered from them."""
+    effects = frozenset().union(*(e.effects for e in equations))
+    info = debug_info(name, len(inputs), len(outputs))
+    return Jaxpr((), tuple(inputs), tuple(outputs), list(equations), effects, info)
+
+
+def evaluate(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """Returns the results of one equation for its non-literal operands, under its own context and names."""
+    inputs = [variable(a.aval) for a in equation.invars if not isinstance(a, Literal)]
+    supply = iter(inputs)
+    invars = [a if isinstance(a, Literal) else next(supply) for a in equation.invars]
+    results = [variable(v.aval) for v in equation.outvars]
+    one = equation.replace(invars=invars, outvars=results)
+    return list(jaxpr_as_fun(ClosedJaxpr(make_jaxpr(inputs, results, [one]), ()))(*operands))
+
+
+def is_dropped(v: Any) -> bool:
+    """Returns whether an equation's result is never read."""
+    return isinstance(v, DropVar)
+
+
+def version() -> tuple[int, ...]:
+    """Returns JAX's version as numbers: (0, 10, 2)."""
+    return tuple(int(n) for n in jax.__version__.split(".")[:3] if n.isdigit())
