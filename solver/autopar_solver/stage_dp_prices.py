@@ -1,0 +1,143 @@
+"""Prices of devices: the Lagrangian bound of a set of arcs, by cutting planes.
+
+L(lambda) = min over plans of (cost + lambda * devices used) - lambda * available is concave and a lower bound on every
+plan that uses at most the devices there are. Its maximum is found by Kelley's method ("The cutting-plane method for
+solving convex programs", 1960): each shortest path is a cut, a small linear program proposes the next prices; the
+point tried lies between the proposal and the best prices so far, which steadies it (in-out separation; Ben-Ameur &
+Neto, Networks 2007).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linprog
+
+from autopar_solver import stage_dp_kernels as kernels
+from autopar_solver.stage_dp_arcs import Arcs
+from autopar_solver.stage_dp_problem import Array, StageProblem
+
+INWARD = 0.5  # how far towards the best prices so far a proposal is drawn
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """One plan as a cut on L: L(lambda) <= cost + lambda * (used - available)."""
+
+    cost: float
+    over: Array  # used - available, [K]
+    slow: float
+    extra: float
+
+
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """Prices tried on a set of arcs.
+
+    Attributes:
+        bound: the best L found (seconds of stages and transfers; inf: no plan at all).
+        rows: [M, K] prices; row 0 is zero, the best is last.
+        before: [M, L+1, K, P+1] of `prefix_bounds`.
+        cuts: plans seen. paths: their arcs (indices into the set), as shortest paths gave them.
+    """
+
+    bound: float
+    rows: Array
+    before: Array
+    cuts: tuple[Cut, ...]
+    paths: tuple[Any, ...]
+
+
+def price_devices(
+    problem: StageProblem, arcs: Arcs, ceiling: float, warm: Prices | None = None, rounds: int = 40, enough: float = np.inf
+) -> Prices:
+    """Prices whose bound is close to the largest there is.
+
+    Args:
+        problem: the stage problem. arcs: what may be chosen.
+        ceiling: every plan costs less than this.
+        warm: prices of a larger set of arcs to start from.
+        rounds: shortest paths at most. enough: stop once the bound reaches this.
+    """
+    search = _Kelley(problem, arcs, ceiling, warm)
+    search.run(rounds, enough)
+    return search.result()
+
+
+class _Kelley:
+    def __init__(self, problem: StageProblem, arcs: Arcs, ceiling: float, warm: Prices | None):
+        total = problem.weights.total
+        self.arcs, self.flat = arcs, arcs.flat
+        self.cost = arcs.seconds * total
+        self.transfer = np.where(np.isinf(problem.transfer), np.inf, 0.0) if total == 0 else problem.transfer
+        self.available = np.array(problem.available, np.float64)
+        self.tried: list[tuple[float, Array, Array]] = []  # (L, prices, before)
+        self.cuts: list[Cut] = []
+        self.paths: list[Any] = []
+        # Where the objective has no sum to trade devices against, prices have no natural scale: their sum is fixed, so
+        # high that a plan one device over costs more than any plan of interest.
+        self.sum = 0.0 if total else 2 * ceiling * max(1.0, float(self.available.max()))
+        self.evaluate(np.zeros(len(self.available)))
+        if self.sum:
+            self.evaluate(self.sum / len(self.available) / np.maximum(self.available, 1.0))
+        if warm is not None:
+            most_slow, most_extra = arcs.slow.max(initial=0), arcs.extra.max(initial=0)
+            self.cuts += [cut for cut in warm.cuts if cut.slow <= most_slow and cut.extra <= most_extra]
+            for prices in warm.rows[1:][::-1]:
+                self.evaluate(prices)
+
+    def evaluate(self, prices: Array) -> float:
+        """L at these prices; remembers the cut."""
+        before, whole, path = kernels.prefix_bounds(self.flat, self.cost, self.transfer, prices, self.arcs.positions)
+        value = float(whole - prices @ self.available)
+        self.tried.append((value, prices, before))
+        if np.isfinite(whole):
+            used = np.bincount(self.arcs.kind[path], self.arcs.devices[path], len(prices))
+            slow, extra = float(self.arcs.slow[path].max()), float(self.arcs.extra[path].max())
+            self.cuts.append(Cut(float(whole - prices @ used), used - self.available, slow, extra))
+            self.paths.append(path)
+        return value
+
+    def run(self, rounds: int, enough: float) -> None:
+        """Cutting planes until the bound is the best there is (to 1e-6), infinite, or `enough`."""
+        best = max(self.tried[1 if self.sum else 0 :], key=lambda entry: entry[0])
+        radius = 4.0
+        for _ in range(rounds):
+            if best[0] >= enough or not np.isfinite(best[0]):
+                return
+            proposal, model, at_edge = self.propose(radius)
+            if at_edge:
+                radius *= 8
+            elif model - best[0] <= 1e-6 * abs(model):
+                return
+            self.evaluate(INWARD * best[1] + (1 - INWARD) * proposal)
+            best = max(self.tried[1 if self.sum else 0 :], key=lambda entry: entry[0])
+
+    def propose(self, radius: float) -> tuple[Array, float, bool]:
+        """The prices at which the cuts seen so far allow the most, that value, and whether `radius` held them back.
+
+        The variables are scaled so that 1 means: all devices of the kind together cost as much as a plan does.
+        """
+        have = np.maximum(self.available, 1.0)
+        scale = self.sum or max(max(cut.cost for cut in self.cuts), 1e-300)
+        rows = np.array([np.append(-cut.over / have, 1.0) for cut in self.cuts])
+        sides = np.array([cut.cost / scale for cut in self.cuts])
+        goal = np.append(np.zeros(len(have)), -1.0)
+        bounds = [(0.0, radius)] * len(have) + [(None, 1e9)]
+        total: Any = {"A_eq": np.append(np.ones(len(have)), 0.0)[None], "b_eq": np.ones(1)} if self.sum else {}
+        result: Any = linprog(goal, A_ub=rows, b_ub=sides, bounds=bounds, method="highs", **total)
+        if result.x is None:
+            return self.tried[0][1], np.inf, True
+        scaled = np.array(result.x[:-1])
+        return scaled * scale / have, float(result.x[-1]) * scale, bool((scaled >= 0.99 * radius).any())
+
+    def result(self) -> Prices:
+        """The zero row and the best few rows, best last."""
+        ranked = sorted(self.tried[1:], key=lambda entry: entry[0])[-4:]
+        chosen = [self.tried[0], *ranked]
+        bound = max(value for value, _, _ in chosen)
+        rows = np.array([prices for _, prices, _ in chosen])
+        before = np.array([table for _, _, table in chosen])
+        return Prices(bound, rows, before, tuple(self.cuts[-60:]), tuple(self.paths))
