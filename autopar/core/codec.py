@@ -56,7 +56,7 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     if kind is float:
         _expect(isinstance(data, int | float) and not isinstance(data, bool), "a number", data, where)
         return float(data)
-    _expect(type(data) is kind, getattr(kind, "__name__", str(kind)), data, where)
+    _expect(type(data) is kind, _name(kind), data, where)
     return data
 
 
@@ -74,7 +74,7 @@ def _union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
         if named or len(rest) == 1 or type(data) is kind:
             return _read(kind, data, where)
     raise BadInput(
-        f"{where}: expected one of {[getattr(k, '__name__', k) for k in rest]}, got {str(data)[:60]!r}"
+        f"{where}: expected one of {', '.join(map(_name, rest))}, got {str(data)[:60]!r}"
     )
 
 

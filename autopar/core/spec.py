@@ -1,4 +1,4 @@
-"""A spec: the mesh axes that shard each dim of a tensor, major first; `((), ("x", "y"))` shards dim 1 twice."""
+"""A spec: the mesh axes that shard each dim of a tensor, major first; `((), ("x", "y"))` shards dim 1 over both."""
 
 from __future__ import annotations
 
