@@ -1,0 +1,6 @@
+"""Built-in models: plain readable model code, one file each, and a catalogue of them by name."""
+
+from autopar.models.catalog import DecodeInput, get, get_decode, names
+from autopar.models.step import ModelStep, TrainState
+
+__all__ = ["DecodeInput", "ModelStep", "TrainState", "get", "get_decode", "names"]
