@@ -1,0 +1,196 @@
+"""The mutable form of a choice problem that presolve works on: nodes, matrices in both directions, usage, undo steps.
+
+All costs are exact int64. INF marks what is forbidden; adding two entries never overflows, and BLOCKED lies far enough
+below INF that a forbidden entry stays at or above it whatever negative costs are added to it.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from autopar_solver.problem import FORBIDDEN, ChoiceProblem, IntArray
+
+INF = 2**61
+BLOCKED = 2**60
+Item = tuple[int, int, IntArray]
+
+
+class InfeasibleProblem(Exception):
+    """Raised inside presolve when it proves that no choice is feasible."""
+
+
+class Matrix:
+    """An immutable edge matrix with everything presolve asks about it, computed once.
+
+    Edges with equal entries share one Matrix, so a question is answered once for all of them.
+    """
+
+    def __init__(self, m: IntArray) -> None:
+        self.m = m
+
+    @cached_property
+    def flip(self) -> "Matrix":
+        """The same edge seen from its other end."""
+        other = Matrix(self.m.T)
+        other.__dict__["flip"] = self
+        return other
+
+    @cached_property
+    def row_ok(self) -> npt.NDArray[np.bool_]:
+        """Which rows have an entry that isn't forbidden."""
+        return self.m.min(axis=1) < BLOCKED
+
+    @cached_property
+    def function(self) -> IntArray | None:
+        """The column each row determines, if every row has exactly one entry that isn't forbidden."""
+        finite = self.m < BLOCKED
+        return finite.argmax(axis=1) if (finite.sum(axis=1) == 1).all() else None
+
+    @cached_property
+    def split(self) -> tuple[IntArray, IntArray] | None:
+        """(a, b) with m[s, t] = a[s] + b[t], if there is such a pair."""
+        if self.m.max() >= BLOCKED:
+            return None
+        a = self.m[:, 0] - self.m[0, 0]
+        return (a, self.m[0]) if (self.m == a[:, None] + self.m[:1]).all() else None
+
+    @cached_property
+    def gain(self) -> IntArray:
+        """[s, r]: the least that moving this end from s to r can save, whatever the other end is; -INF if it may break."""
+        rows = np.unique(self.m, axis=1) if self.m.shape[1] > 8 else self.m
+        k, out = len(rows), np.empty((len(rows), len(rows)), np.int64)
+        for s in range(k):
+            relevant = rows[:, rows[s] < BLOCKED]
+            out[s] = (relevant[s] - relevant).min(axis=1, initial=INF)
+        out[out < -BLOCKED] = -INF
+        return out
+
+    def take(self, keep: npt.NDArray[np.bool_] | IntArray) -> "Matrix":
+        """Returns the matrix with only these rows."""
+        return Matrix(self.m[keep])
+
+    def plus(self, other: "Matrix") -> "Matrix":
+        """Returns the sum of two parallel edges."""
+        return Matrix(np.minimum(self.m + other.m, INF))
+
+
+@dataclass(frozen=True)
+class Undo:
+    """How a removed node's choice follows from its parents': value[pos(parent choices)].
+
+    labels[p] lists the choices (numbered as in the problem) parent p still had then, ascending.
+    """
+
+    node: int
+    parents: tuple[int, ...]
+    labels: tuple[IntArray, ...]
+    value: IntArray
+
+    def apply(self, x: IntArray) -> None:
+        """Sets the node's choice in x from its parents'."""
+        at = tuple(int(np.searchsorted(labels, x[p])) for p, labels in zip(self.parents, self.labels))
+        x[self.node] = self.value[at]
+
+
+@dataclass
+class Network:
+    """A choice problem being reduced. cap is the limit left per time segment (None: no limit at all)."""
+
+    cost: list[IntArray]
+    label: list[IntArray]
+    adj: list[dict[int, Matrix]]
+    items: list[list[Item]]
+    cap: IntArray | None
+    alive: npt.NDArray[np.bool_]
+    const: int = 0
+    undo: list[Undo] = field(default_factory=list[Undo])
+    counts: dict[str, int] = field(default_factory=dict[str, int])
+
+    def count(self, what: str, by: int = 1) -> None:
+        """Counts a reduction, for the log."""
+        self.counts[what] = self.counts.get(what, 0) + by
+
+    def connect(self, a: int, b: int, matrix: Matrix) -> None:
+        """Adds an edge, summing it with one already there."""
+        if b in self.adj[a]:
+            matrix = self.adj[a][b].plus(matrix)
+            self.count("parallel edges merged")
+        self.adj[a][b] = matrix
+        self.adj[b][a] = matrix.flip
+
+    def disconnect(self, a: int, b: int) -> None:
+        """Drops the edge between two nodes."""
+        del self.adj[a][b]
+        del self.adj[b][a]
+
+    def restrict(self, i: int, keep: npt.NDArray[np.bool_]) -> None:
+        """Drops choices of a node."""
+        if not keep.any():
+            raise InfeasibleProblem(f"no choice of node {i} is left")
+        self.cost[i] = self.cost[i][keep]
+        self.label[i] = self.label[i][keep]
+        self.items[i] = [(s, e, u[keep]) for s, e, u in self.items[i]]
+        for j, matrix in self.adj[i].items():
+            kept = matrix.take(keep)
+            self.adj[i][j] = kept
+            self.adj[j][i] = kept.flip
+
+    def remove(self, i: int, parents: tuple[int, ...], value: IntArray) -> None:
+        """Takes out a node whose choice is value[choices of its parents] (in today's numbering)."""
+        self.undo.append(Undo(i, parents, tuple(self.label[p] for p in parents), self.label[i][value]))
+        self.alive[i] = False
+        self.adj[i] = {}
+        self.items[i] = []
+
+    def restore(self, x: IntArray) -> IntArray:
+        """Returns the choice of every node of the problem, given x with the choices of the nodes still alive."""
+        full = x.copy()
+        for step in reversed(self.undo):
+            step.apply(full)
+        return full
+
+
+def network_of(p: ChoiceProblem) -> Network:
+    """Returns the network of a problem, before any reduction. Raises InfeasibleProblem if that is seen at a glance."""
+    why = p.infeasible_at_once()
+    if why:
+        raise InfeasibleProblem(why)
+    n = p.num_nodes
+    cost = [
+        np.minimum(c, INF)
+        for c in np.split(np.where(p.node_cost >= FORBIDDEN, INF, p.node_cost), p.node_start[1:-1])
+    ]
+    items: list[list[Item]] = [[] for _ in range(n)]
+    if len(p.limit):
+        usages = np.split(p.item_usage, p.item_start[1:-1])
+        for i, (s, e), u in zip(p.item_node.tolist(), p.item_interval.tolist(), usages):
+            if e > s:
+                items[i].append((s, e, u))
+    net = Network(
+        cost if n else [],
+        [np.arange(k) for k in p.num_choices],
+        [{} for _ in range(n)],
+        items,
+        p.limit.copy() if len(p.limit) else None,
+        np.ones(n, np.bool_),
+    )
+    _add_edges(net, p)
+    return net
+
+
+def _add_edges(net: Network, p: ChoiceProblem) -> None:
+    shared: dict[tuple[int, bytes], Matrix] = {}
+    entries = np.where(p.edge_cost >= FORBIDDEN, INF, p.edge_cost)
+    start, k = p.edge_start.tolist(), p.num_choices.tolist()
+    for e, (a, b) in enumerate(p.edge_ends.tolist()):
+        flat = entries[start[e] : start[e + 1]]
+        if a == b:
+            net.cost[a] = np.minimum(net.cost[a] + flat.reshape(k[a], k[a]).diagonal(), INF)
+            continue
+        key = (k[a], flat.tobytes())
+        matrix = shared.get(key)
+        if matrix is None:
+            matrix = shared[key] = Matrix(flat.reshape(k[a], k[b]))
+        net.connect(a, b, matrix)

@@ -1,0 +1,74 @@
+"""solve(): presolve, then the route that fits what is left, under one clock."""
+
+import math
+import time
+
+from autopar_solver.choice import Choice, ProgressCallback
+from autopar_solver.compact import Compact, compact
+from autopar_solver.errors import ProblemError
+from autopar_solver.network import InfeasibleProblem
+from autopar_solver.presolve import presolve
+from autopar_solver.problem import ChoiceProblem
+from autopar_solver.run import Run
+
+EXACT_COLUMNS = 400_000
+
+
+def solve(
+    problem: ChoiceProblem,
+    *,
+    seconds: float,
+    seed: int = 0,
+    gap: float = 0.0,
+    workers: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Choice:
+    """Returns the best choice found, its exact cost, and a bound no feasible choice can be below.
+
+    Args:
+        problem: what to solve.
+        seconds: wall-clock limit; may be overrun by the presolve of a very large problem.
+        seed: the same seed gives the same choice whenever the limit doesn't bind.
+        gap: stop as soon as (objective - bound) / |objective| is at most this.
+        workers: threads to use, by default one per core (at most 8); small problems use one.
+        progress: called now and then with the state of the solve.
+
+    Raises:
+        ProblemError: seconds, gap or workers make no sense.
+    """
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise ProblemError(f"the time limit must be a positive number of seconds, got {seconds}")
+    if not (0 <= gap < math.inf):
+        raise ProblemError(f"the gap must be a number of at least 0, got {gap}")
+    if workers is not None and workers < 1:
+        raise ProblemError(f"workers must be at least 1, got {workers}")
+    run = Run(problem, time.monotonic(), seconds, seed, gap, workers, progress)
+    try:
+        _solve(run)
+    except InfeasibleProblem as why:
+        return run.infeasible(str(why))
+    except KeyboardInterrupt:
+        run.note("interrupted: this is the best choice found so far")
+    return run.result()
+
+
+def _solve(run: Run) -> None:
+    run.report("presolve")
+    reduced = compact(presolve(run.problem))
+    run.note(summary(run, reduced))
+    if reduced.n == 0:
+        run.offer(reduced.restore(reduced.nodes))
+        run.raise_bound(run.objective)
+        return
+    from autopar_solver.routes import choose_route  # imports numba and HiGHS: only when they are needed
+
+    choose_route(run, reduced)
+
+
+def summary(run: Run, c: Compact) -> str:
+    """Returns one line on what presolve did."""
+    did = ", ".join(f"{number} {what}" for what, number in sorted(c.network.counts.items()))
+    return (
+        f"presolve {run.elapsed():.2f} s: {run.problem.num_nodes} nodes to {c.n}, {run.problem.num_edges} edges to "
+        f"{len(c.nbr) // 2}, {len(c.cost)} choices, {c.segments} memory segments ({did or 'nothing to do'})"
+    )
