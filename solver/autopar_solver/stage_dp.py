@@ -201,7 +201,10 @@ class _Search:
         arcs = arcs_of(self.problem)
         self.ceiling = self._ceiling(arcs)
         if len(arcs):
-            slow, extra = self._range(arcs.slow, self.weights.slowest), self._range(arcs.extra, self.weights.fixed)
+            slow, extra = (
+                self._range(arcs.slow, self.weights.slowest),
+                self._range(arcs.extra, self.weights.fixed),
+            )
             self._push(_Box(0.0, slow, extra, arcs, None))
         while self.open:
             if self._out_of_time():
@@ -225,7 +228,9 @@ class _Search:
             dropped = self._labels(box, cap)
             if dropped >= self.cut:
                 return
-            box = _Box(max(box.bound, min(dropped, self.objective)), box.slow, box.extra, box.arcs, box.prices)
+            box = _Box(
+                max(box.bound, min(dropped, self.objective)), box.slow, box.extra, box.arcs, box.prices
+            )
             parts = self._split(box)
             if parts:
                 for part in parts:
@@ -272,7 +277,9 @@ class _Search:
         total = self.weights.total
         transfer = self.problem.transfer if total else np.where(np.isinf(self.problem.transfer), np.inf, 0.0)
         row, before = prices.rows[-1], prices.before[-1]
-        priced = kernels.through_bounds(arcs.flat, arcs.seconds * total, transfer, row, arcs.positions, before)
+        priced = kernels.through_bounds(
+            arcs.flat, arcs.seconds * total, transfer, row, arcs.positions, before
+        )
         slow = np.maximum(arcs.slow, box.slow[0])
         extra = np.maximum(arcs.extra, box.extra[0])
         return priced - float(row @ self.available) + self.weights.slowest * slow + self.weights.fixed * extra
@@ -398,7 +405,11 @@ class _Search:
 
     def _report(self, bound: float) -> None:
         if self.progress is not None:
-            gap = (self.objective - bound) / self.objective if self.best is not None and self.objective else math.inf
+            gap = (
+                (self.objective - bound) / self.objective
+                if self.best is not None and self.objective
+                else math.inf
+            )
             self.progress(self.objective, bound, gap, time.perf_counter() - self.began)
 
     def solution(self, runner_ups: int) -> StageSolution:
@@ -412,7 +423,9 @@ class _Search:
         gap = max(0.0, (self.objective - bound) / self.objective) if self.objective else 0.0
         status = "optimal" if gap <= self.goal * (1 + 1e-3) else "feasible"
         others = _unlike(sorted(self.plans.values(), key=lambda plan: plan.objective), runner_ups)
-        return StageSolution(self.best.stages, self.objective, bound, gap, self.best.slowest, others, took, status)
+        return StageSolution(
+            self.best.stages, self.objective, bound, gap, self.best.slowest, others, took, status
+        )
 
 
 def _unlike(plans: list[StagePlan], count: int) -> tuple[StagePlan, ...]:

@@ -61,7 +61,9 @@ def arcs_of(problem: StageProblem) -> Arcs:
     enough = devices <= np.array(problem.available, np.int64)[kinds]
     order = np.arange(problem.layers + 1)
     runs = order[None, :-1, None] < order[None, None, :]
-    possible = np.isfinite(problem.time) & np.isfinite(problem.fixed) & (fits > 0) & runs & enough[:, None, None]
+    possible = (
+        np.isfinite(problem.time) & np.isfinite(problem.fixed) & (fits > 0) & runs & enough[:, None, None]
+    )
     possible &= ~beaten(problem, fits, devices, kinds)
     start, stop, choice = np.nonzero(possible.transpose(1, 2, 0))
     last, positions = _fold_positions(problem, fits[choice, start, stop])
@@ -73,9 +75,20 @@ def arcs_of(problem: StageProblem) -> Arcs:
         slow = seconds + np.where(inner, least[np.where(inner, stop, 0), kinds[choice]], 0.0)
     weights = problem.weights
     extra = extra if weights.fixed else np.zeros_like(extra)
-    return Arcs(
-        problem.layers, positions, start, stop, choice, kinds[choice], devices[choice], last, seconds, extra, slow
+    arcs = Arcs(
+        problem.layers,
+        positions,
+        start,
+        stop,
+        choice,
+        kinds[choice],
+        devices[choice],
+        last,
+        seconds,
+        extra,
+        slow,
     )
+    return arcs.where(np.isfinite(slow))  # no kind may follow: not even the last stage
 
 
 def positions_that_fit(problem: StageProblem) -> Ints:
@@ -104,7 +117,11 @@ def beaten(problem: StageProblem, fits: Ints, devices: Ints, kinds: Ints) -> Boo
         for d in range(len(devices)):
             if c == d or kinds[c] != kinds[d] or devices[d] > devices[c]:
                 continue
-            as_good = (problem.time[d] <= problem.time[c]) & (problem.fixed[d] <= problem.fixed[c]) & (fits[d] >= fits[c])
+            as_good = (
+                (problem.time[d] <= problem.time[c])
+                & (problem.fixed[d] <= problem.fixed[c])
+                & (fits[d] >= fits[c])
+            )
             if devices[d] == devices[c] and d > c:  # of equals, the first stays
                 equal = (problem.time[d] == problem.time[c]) & (problem.fixed[d] == problem.fixed[c])
                 as_good &= ~(equal & (fits[d] == fits[c]))

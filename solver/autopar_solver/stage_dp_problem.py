@@ -254,7 +254,7 @@ def price(problem: StageProblem, stages: Sequence[tuple[int, int, int]]) -> Stag
         problem: the stage problem.
         stages: (start, stop, choice) per stage, in pipeline order.
     Returns:
-        The plan with its objective, slowest stage and memory shortfall.
+        The plan with its objective (inf if a stage is impossible or a crossing forbidden), slowest stage and shortfall.
     Raises:
         StageProblemError: the stages don't cover the layers in order, are too many, or take more devices than there are.
     """
@@ -271,12 +271,18 @@ def price(problem: StageProblem, stages: Sequence[tuple[int, int, int]]) -> Stag
         slowest = max(slowest, seconds + after if problem.transfer_blocks else seconds)
         fixed = max(fixed, float(problem.fixed[c, i, j]))
         count = problem.in_flight_at(len(stages) - index)
-        need = float(problem.memory_fixed[c, i, j]) + times_count(problem.memory_per_microbatch[c, i, j], count)
+        need = float(problem.memory_fixed[c, i, j]) + times_count(
+            problem.memory_per_microbatch[c, i, j], count
+        )
         shortfalls.append(need - float(problem.limit[c]) if need > problem.limit[c] else 0.0)
     weights = problem.weights
     objective = sum(w * x for w, x in zip(weights, (total, slowest, fixed)) if w)
+    if not np.isfinite(total + fixed):  # an impossible stage or a forbidden crossing, whatever the weights
+        objective = np.inf
     tight = int(np.argmax(shortfalls))
-    return StagePlan(tuple((int(i), int(j), int(c)) for i, j, c in stages), objective, slowest, shortfalls[tight], tight)
+    return StagePlan(
+        tuple((int(i), int(j), int(c)) for i, j, c in stages), objective, slowest, shortfalls[tight], tight
+    )
 
 
 def times_count(per_microbatch: float, count: int) -> float:
