@@ -57,7 +57,7 @@ def test_bad_short_forms(text: str, message: str):
 
 
 def test_unknown_device_suggests():
-    with pytest.raises(UnknownName, match="did you mean .*A100-40GB"):
+    with pytest.raises(UnknownName, match=r"did you mean .*A100-40GB"):
         cluster.device("A100-48GB")
 
 

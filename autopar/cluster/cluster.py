@@ -1,4 +1,4 @@
-"""A cluster: nodes of devices and the network between them, from a YAML file or a short form ("8xA100,4xT4")."""
+"""A cluster: nodes of devices and the network between, from a YAML file or a short form ("8xA100,4xT4")."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Cluster:
         return self.network[a.group][b.group] if isinstance(self.network, tuple) else self.network
 
     def link(self, kind_a: str, kind_b: str) -> tuple[float, float]:
-        """Returns (bytes/s, latency in seconds) from a stage on kind a to one on kind b, before they are placed.
+        """Returns (bytes/s, latency in seconds) from a stage on kind a to one on kind b, not yet placed.
 
         The slowest pair of nodes; a kind that has one node only is linked to itself inside the node.
         """

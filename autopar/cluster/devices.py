@@ -27,8 +27,8 @@ def device_names() -> tuple[str, ...]:
 def device(name: str) -> Device:
     """Returns the device of that name or alias ("V100-16GB", "A100"), with effective rates.
 
-    FLOP/s and bytes/s are published measurements on transformer layers where there are any, else a stated share
-    of the peak; memory is what the driver's context leaves; the link is one direction of what a ring reaches.
+    FLOP/s and bytes/s are published measurements on transformer layers where there are any, else a share of
+    the peak; memory is what the driver's context leaves; the link is one direction of what a ring reaches.
 
     Raises:
         UnknownName: no such device; the message lists close names.

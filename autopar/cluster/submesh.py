@@ -14,7 +14,7 @@ AXES = ("x", "y", "z")
 
 @dataclass(frozen=True)
 class MeshChoice:
-    """A kind and number of devices in one logical shape. nodes: whole nodes it spans, 1 when inside a node."""
+    """A kind and number of devices in one logical shape. nodes: whole nodes it spans, 1 inside a node."""
 
     kind: str
     devices: int
@@ -49,7 +49,7 @@ def _sizes(count: int) -> list[int]:
 
 
 def inside(device: Device, count: int) -> list[Mesh]:
-    """Returns the logical meshes of `count` devices of one node: count, and 2 × count/2 where both exceed 1."""
+    """Returns the logical meshes of `count` devices of one node: count, and 2 × count/2 for even counts."""
 
     def mesh(*sizes: int) -> Mesh:
         return Mesh(

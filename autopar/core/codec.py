@@ -73,9 +73,7 @@ def _union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
     for kind in named or rest:
         if named or len(rest) == 1 or type(data) is kind:
             return _read(kind, data, where)
-    raise BadInput(
-        f"{where}: expected one of {', '.join(map(_name, rest))}, got {str(data)[:60]!r}"
-    )
+    raise BadInput(f"{where}: expected one of {', '.join(map(_name, rest))}, got {str(data)[:60]!r}")
 
 
 def _name(kind: Any) -> str:

@@ -1,4 +1,6 @@
-"""A spec: the mesh axes that shard each dim of a tensor, major first; `((), ("x", "y"))` shards dim 1 over both."""
+"""A spec: the mesh axes that shard each dim of a tensor, major first; `((), ("x", "y"))` shards dim 1 over
+both.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,39 @@
+"""The symbolic check of a program: sends meet receives, nothing deadlocks, nothing is read after it is
+freed."""
+
+from __future__ import annotations
+
+from autopar.core.errors import ProgramError
+from autopar.core.program import Program
+from autopar.program.walk import Walk
+
+
+def check(
+    program: Program, limits: tuple[int, ...] | None = None, *, buffered: bool = True
+) -> tuple[int, ...]:
+    """Returns the most bytes each worker's buffers take on one device (without the segments' own workspace).
+
+    Args:
+        limits: bytes a device of each worker has; None for no check.
+        buffered: sends do not wait for their receives (the contract). With False, a rendezvous is checked.
+
+    Raises:
+        ProgramError: the first few things that are wrong, with worker, instruction and buffer.
+    """
+    walk = Walk(program, buffered=buffered).run()
+    errors = list(walk.errors)
+    for w, limit in enumerate(limits or ()):
+        if walk.peak[w] > limit:
+            errors.append(
+                f"worker {w} needs {walk.peak[w]:,} bytes for its buffers, but its devices have {limit:,}"
+            )
+    if errors:
+        more = f" (and {len(errors) - 3} more)" if len(errors) > 3 else ""
+        raise ProgramError("; ".join(errors[:3]) + more)
+    return tuple(walk.peak)
+
+
+def order(program: Program) -> tuple[tuple[int, int], ...]:
+    """Returns (worker, index of instruction) in an order in which one thread can execute the whole
+    program."""
+    return tuple((step.worker, step.index) for step in Walk(program).run().steps)
