@@ -52,6 +52,27 @@ class Collective:
     phase: Phase
 
 
+@dataclass(frozen=True, slots=True)
+class LoopLayouts:
+    """Layouts inside the body of one loop equation; value ids and equation indices are the body's own.
+
+    A body input is in its layout of `specs` when the body starts (for a carry that is also the layout in which every
+    trip leaves it, and of the loop's result); a stacked result leaves the body in the layout of the loop's
+    result without its first dim.
+
+    Attributes:
+        equation: index of the loop equation in the graph (or body) around it.
+        specs, uses, partials: as in `ShardingPlan`.
+        loops: of loops inside the body.
+    """
+
+    equation: int
+    specs: tuple[tuple[int, Spec], ...]
+    uses: tuple[tuple[int, int, Spec], ...]
+    partials: tuple[tuple[int, int, Spec], ...]
+    loops: tuple[LoopLayouts, ...] = ()
+
+
 @dataclass(frozen=True)
 class ShardingPlan:
     """How a region (the equations of one stage) is sharded on one mesh.
@@ -87,6 +108,7 @@ class ShardingPlan:
     notes: tuple[str, ...] = ()
     dtypes: tuple[tuple[str, str], ...] = ()
     products: tuple[tuple[str, str], ...] = ()
+    loops: tuple[LoopLayouts, ...] = ()
 
     @cached_property
     def layout(self) -> dict[int, Spec]:
