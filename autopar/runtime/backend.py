@@ -1,0 +1,96 @@
+"""What an executable needs from whoever runs the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from autopar.core.plan import Plan
+from autopar.core.program import Buffer, Program
+from autopar.core.timeline import Timeline
+
+Array = Any
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Bytes on one device of a stage.
+
+    Attributes:
+        arguments, outputs, temporary, aliased: of the compiled segment that needs most (outputs that reuse a donated
+            argument's memory count in `aliased` too).
+        segment: which one that is.
+        peak: arguments + outputs − aliased + temporary of that segment.
+        predicted: what the plan says the device needs at its worst moment.
+        limit: what the plan says the device has.
+    """
+
+    arguments: int
+    outputs: int
+    temporary: int
+    aliased: int
+    segment: str
+    predicted: int
+    limit: int
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporary
+
+
+class Session(Protocol):
+    """A program that has been placed on devices and can be stepped."""
+
+    @property
+    def local(self) -> bool:
+        """Whether `fetch` hands out the live `jax.Array`s of this process (else copies, as numpy arrays)."""
+        ...
+
+    def load(self, stage: int, arrays: Mapping[Buffer, Array], donate: bool = False) -> None:
+        """Puts arrays (numpy or JAX, any layout) into a stage's buffers, as copies unless `donate`."""
+        ...
+
+    def step(self, feeds: Sequence[Mapping[Buffer, Array]]) -> None:
+        """Starts one step with these feeds per stage; returns before it has finished."""
+        ...
+
+    def measure(self, feeds: Sequence[Mapping[Buffer, Array]]) -> Timeline:
+        """Returns the measured timeline of one step, waiting for every instruction's result."""
+        ...
+
+    def fetch(self, stage: int, buffers: Sequence[Buffer]) -> Callable[[], list[Array]]:
+        """Starts fetching what a stage's buffers hold after the last step; returns a function that waits for it.
+
+        A session that is not `local` gives whole numpy arrays, of a typed PRNG key its key data. What is fetched
+        is what the buffers hold now, whatever steps are started before the function is called.
+        """
+        ...
+
+    def compile(self) -> None:
+        """Compiles every segment now; a step does it otherwise when it first needs one."""
+        ...
+
+    def hlo(self) -> dict[str, str]:
+        """Returns the compiled text of every segment by name."""
+        ...
+
+    def compiled_memory(self) -> tuple[StageMemory, ...]:
+        """Returns what the compiler says each stage's devices need."""
+        ...
+
+    def memory(self) -> tuple[int, ...]:
+        """Returns the bytes held now on the fullest device of each stage."""
+        ...
+
+    def close(self) -> None:
+        """Drops every array and stops what was started."""
+        ...
+
+
+class Backend(Protocol):
+    """Something that can run the stages of a plan."""
+
+    def start(self, plan: Plan, program: Program, traced: Any) -> Session:
+        """Returns a session of a program. Raises BackendError when there are too few devices."""
+        ...

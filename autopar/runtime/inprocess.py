@@ -1,0 +1,240 @@
+"""The in-process backend: every stage in this process, on disjoint sub-meshes of its devices.
+
+One thread dispatches all stages' instructions; JAX runs them asynchronously, so stages overlap on their own devices.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from autopar.core.errors import BackendError
+from autopar.core.plan import Plan, Stage
+from autopar.core.program import Buffer, Program, Slot
+from autopar.core.timeline import Event, Timeline
+from autopar.program import check
+from autopar.program.walk import Walk
+from autopar.runtime import layout
+from autopar.runtime.backend import StageMemory
+from autopar.runtime.interpreter import Interpreter
+from autopar.runtime.lower import lower
+from autopar.runtime.segments import Compiled, donations
+from autopar.runtime.transfer import LocalTransport, own
+
+Array = Any
+PATIENCE = 600.0
+"""Seconds a stage of a measured step waits for a message; only a broken program gets there."""
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """A backend that runs all stages on this process's devices, in order; `devices` defaults to `jax.devices()`."""
+
+    devices: tuple[jax.Device, ...] | None = None
+
+    def start(self, plan: Plan, program: Program, traced: Any) -> InProcessSession:
+        """Returns a session. Raises BackendError when the plan needs more devices than there are."""
+        devices = tuple(jax.devices()) if self.devices is None else tuple(self.devices)
+        if len(devices) < plan.devices:
+            raise BackendError(
+                f"the plan needs {plan.devices} devices, this process has {len(devices)}; to emulate them on a CPU "
+                f"set XLA_FLAGS=--xla_force_host_platform_device_count={plan.devices} before importing jax"
+            )
+        return InProcessSession(plan, program, traced, devices)
+
+
+class InProcessSession:
+    """A program on sub-meshes of this process's devices; see `backend.Session`."""
+
+    local = True
+
+    def __init__(self, plan: Plan, program: Program, traced: Any, devices: Sequence[jax.Device]):
+        self.plan, self.program = plan, program
+        self.meshes = _split(plan.stages, devices)
+        self._slots = [{slot.value: slot for slot in worker.slots} for worker in program]
+        self.segments = self._lower(traced)
+        self.transport = LocalTransport(self._slots, self.sharding)
+        self.interpreters = [
+            Interpreter(worker, self.segments, self.transport.post(s), lambda b, s=s: self.sharding(s, b))
+            for s, worker in enumerate(program)
+        ]
+
+    def _lower(self, traced: Any) -> dict[str, Compiled]:
+        lowered: dict[str, Compiled] = {}
+        for s, worker in enumerate(self.program):
+            sharding = self.plan.stages[s].sharding
+            for name, donated in donations(worker).items():
+                segment = self.program.segment(name)
+                lowered[name] = Compiled(lower(traced, segment, sharding, self.meshes[s]), donated)
+        return lowered
+
+    def sharding(self, stage: int, buffer: Buffer) -> jax.sharding.NamedSharding:
+        """Returns where a buffer of a stage lies."""
+        return layout.slot_sharding(self.meshes[stage], self.slot(stage, buffer))
+
+    def slot(self, stage: int, buffer: Buffer) -> Slot:
+        return self._slots[stage][buffer.value]
+
+    # -- the session protocol
+
+    def load(self, stage: int, arrays: Mapping[Buffer, Array], donate: bool = False) -> None:
+        shardings = [self.sharding(stage, buffer) for buffer in arrays]
+        kept = [layout.as_dtype(self.slot(stage, buffer).dtype) for buffer in arrays]
+        cast = [x if x.dtype == dtype else x.astype(dtype) for x, dtype in zip(arrays.values(), kept)]
+        self.interpreters[stage].load(dict(zip(arrays, own(cast, shardings, donate))))
+
+    def step(self, feeds: Sequence[Mapping[Buffer, Array]]) -> None:
+        self._feed(feeds)
+        stage = position = 0
+        try:
+            for stage, position, operation in self._order:
+                operation()
+        except Exception as error:
+            error.add_note(
+                f"in stage {stage}, instruction {self.program.workers[stage].instructions[position]}"
+            )
+            self._clear()
+            raise
+
+    def measure(self, feeds: Sequence[Mapping[Buffer, Array]]) -> Timeline:
+        self._feed(feeds)
+        jax.block_until_ready([interpreter.live() for interpreter in self.interpreters])
+        self.transport.patience = PATIENCE
+        try:
+            events = _in_threads([interpreter.measure for interpreter in self.interpreters], self.transport)
+        except Exception:
+            self._clear()
+            raise
+        finally:
+            self.transport.patience = None
+        events.sort(key=lambda event: event.start)
+        return Timeline(tuple(events), tuple(map(stage_name, range(len(self.meshes)), self.plan.stages)))
+
+    def fetch(self, stage: int, buffers: Sequence[Buffer]) -> Callable[[], list[Array]]:
+        arrays = self.interpreters[stage].fetch(buffers)
+        return lambda: arrays
+
+    def compile(self) -> None:
+        for segment in self.segments.values():
+            _ = segment.executable
+
+    def hlo(self) -> dict[str, str]:
+        return {name: segment.text for name, segment in self.segments.items()}
+
+    def compiled_memory(self) -> tuple[StageMemory, ...]:
+        return tuple(
+            stage_memory(
+                stage,
+                {
+                    segment.name: self.segments[segment.name]
+                    for segment in self.program.segments
+                    if segment.stage == s
+                },
+            )
+            for s, stage in enumerate(self.plan.stages)
+        )
+
+    def memory(self) -> tuple[int, ...]:
+        return tuple(_fullest(interpreter.live()) for interpreter in self.interpreters)
+
+    def close(self) -> None:
+        self._clear()
+        self.segments.clear()
+
+    # -- inside
+
+    def _clear(self) -> None:
+        for interpreter in self.interpreters:
+            interpreter.clear()
+        self.transport.clear()
+
+    def _feed(self, feeds: Sequence[Mapping[Buffer, Array]]) -> None:
+        for stage, feed in enumerate(feeds):
+            shardings = [self.sharding(stage, buffer) for buffer in feed]
+            arrays = jax.device_put(list(feed.values()), shardings)
+            self.interpreters[stage].load(dict(zip(feed, arrays)))
+
+    @cached_property
+    def _order(self) -> list[tuple[int, int, Callable[[], Any]]]:
+        return [(s, k, self.interpreters[s].bound(k)) for s, k in dispatch_order(self.program)]
+
+
+def dispatch_order(program: Program) -> list[tuple[int, int]]:
+    """Returns (stage, position) of every instruction in an order in which no receive comes before its send.
+
+    Stages take turns, one instruction each, so that none waits long for its first work.
+
+    Raises:
+        ProgramError: a program that is broken, e.g. stages that wait for each other.
+    """
+    check(program)
+    return [(step.worker, step.index) for step in Walk(program, seconds=lambda w, i: 1.0).run().steps]
+
+
+def _split(stages: Sequence[Stage], devices: Sequence[jax.Device]) -> list[jax.sharding.Mesh]:
+    meshes, start = list[jax.sharding.Mesh](), 0
+    for stage in stages:
+        meshes.append(layout.jax_mesh(stage.mesh, devices[start : start + stage.mesh.size]))
+        start += stage.mesh.size
+    return meshes
+
+
+def stage_name(index: int, stage: Stage) -> str:
+    """Returns what to call a stage before people: "stage 0 · A100-40GB 1×4"."""
+    return f"stage {index} · {stage.mesh}"
+
+
+def stage_memory(stage: Stage, segments: Mapping[str, Compiled]) -> StageMemory:
+    """Returns what the compiler says of the segment that needs most memory, beside what the plan says of the stage."""
+    rows: list[StageMemory] = []
+    for name, segment in segments.items():
+        found = segment.executable.memory_analysis()
+        rows.append(
+            StageMemory(
+                arguments=found.argument_size_in_bytes,
+                outputs=found.output_size_in_bytes,
+                temporary=found.temp_size_in_bytes,
+                aliased=found.alias_size_in_bytes,
+                segment=name,
+                predicted=stage.memory.peak,
+                limit=stage.memory.limit,
+            )
+        )
+    nothing = StageMemory(0, 0, 0, 0, "", stage.memory.peak, stage.memory.limit)
+    return max(rows, key=lambda row: row.peak, default=nothing)
+
+
+def _fullest(arrays: Sequence[Array]) -> int:
+    held = Counter[Any]()
+    for x in arrays:
+        for shard in x.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return max(held.values(), default=0)
+
+
+def _in_threads(workers: Sequence[Callable[[float], list[Event]]], transport: LocalTransport) -> list[Event]:
+    """Runs each stage in a thread of its own; returns all events, or raises the first failure."""
+    start, events, failures = time.perf_counter(), list[Event](), list[BaseException]()
+
+    def run(worker: Callable[[float], list[Event]]) -> None:
+        try:
+            events.extend(worker(start))
+        except BaseException as error:
+            failures.append(error)
+            transport.fail()
+
+    threads = [threading.Thread(target=run, args=(worker,), daemon=True) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return events

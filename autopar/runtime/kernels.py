@@ -1,0 +1,57 @@
+"""The small compiled functions between segments: fold micro-batches into sums, append them, cast at a cut."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = Any
+Shardings = tuple[jax.sharding.Sharding, ...]
+
+
+def _scaled(x: Array, scale: float) -> Array:
+    if scale == 1:
+        return x
+    return (x * jnp.asarray(scale, jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+
+
+@functools.lru_cache(maxsize=None)
+def begin(scale: float, shardings: Shardings, donate: bool) -> Callable[[Sequence[Array]], list[Array]]:
+    """Returns a function xs → [scale·x]: the sums after the first micro-batch. donate: xs are dead afterwards."""
+
+    def start(xs: Sequence[Array]) -> list[Array]:
+        # A real copy even where scale is 1: jit hands an input that is returned unchanged back as the same memory,
+        # and what is donated later must not be shared.
+        return [jnp.copy(_scaled(x, scale)) for x in xs]
+
+    return jax.jit(start, out_shardings=list(shardings), donate_argnums=0 if donate else ())
+
+
+@functools.lru_cache(maxsize=None)
+def add(scale: float, shardings: Shardings) -> Callable[[Sequence[Array], Sequence[Array]], list[Array]]:
+    """Returns a function (sums, xs) → [sum + scale·x] that reuses the memory of the sums."""
+
+    def fold(sums: Sequence[Array], xs: Sequence[Array]) -> list[Array]:
+        return [total + _scaled(x, scale) for total, x in zip(sums, xs)]
+
+    return jax.jit(fold, out_shardings=list(shardings), donate_argnums=0)
+
+
+@functools.lru_cache(maxsize=None)
+def join(shardings: Shardings) -> Callable[[Sequence[Sequence[Array]]], list[Array]]:
+    """Returns a function that concatenates each list of arrays along dim 0."""
+
+    def concatenate(pieces: Sequence[Sequence[Array]]) -> list[Array]:
+        return [jnp.concatenate(parts) for parts in pieces]
+
+    return jax.jit(concatenate, out_shardings=list(shardings))
+
+
+@functools.lru_cache(maxsize=None)
+def cast(dtypes: tuple[str, ...]) -> Callable[[Sequence[Array]], list[Array]]:
+    """Returns a function that casts each array to the dtype at its position, where it lies."""
+    return jax.jit(lambda xs: [x.astype(dtype) for x, dtype in zip(xs, dtypes)])

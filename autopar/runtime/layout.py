@@ -1,0 +1,72 @@
+"""Where a value lies, in JAX's words: core meshes and specs to `jax.sharding` ones."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from autopar.core.errors import PlanError
+from autopar.core.mesh import Mesh
+from autopar.core.program import Slot
+from autopar.core.spec import Spec, text
+
+JaxMesh = jax.sharding.Mesh | AbstractMesh
+
+
+def jax_mesh(mesh: Mesh, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    """Returns `mesh` over real devices (in mesh order, row-major), with axes that take sharding constraints."""
+    grid = np.asarray(devices, dtype=object).reshape(mesh.shape)
+    return jax.sharding.Mesh(grid, mesh.names, axis_types=(AxisType.Auto,) * len(mesh.names))
+
+
+def abstract_mesh(mesh: Mesh) -> AbstractMesh:
+    """Returns `mesh` without devices, enough to lower and export."""
+    return AbstractMesh(mesh.shape, mesh.names, axis_types=(AxisType.Auto,) * len(mesh.names))
+
+
+@functools.lru_cache(maxsize=None)
+def named(jmesh: JaxMesh, spec: Spec) -> NamedSharding:
+    """Returns the sharding of `spec` on `jmesh`; equal arguments give the same object, which keeps dispatch fast."""
+    return NamedSharding(jmesh, PartitionSpec(*(dim[0] if len(dim) == 1 else dim or None for dim in spec)))
+
+
+def struct(jmesh: JaxMesh, shape: tuple[int, ...], dtype: Any, spec: Spec, name: str) -> jax.ShapeDtypeStruct:
+    """Returns what a compiled function takes or gives for a value kept in `spec`.
+
+    Raises:
+        PlanError: a dim that the mesh axes do not divide (JAX pads inside a program, never at its edge).
+    """
+    sizes = dict(zip(jmesh.axis_names, jmesh.axis_sizes))
+    for d, (size, axes) in enumerate(zip(shape, spec, strict=True)):
+        ways = int(np.prod([sizes[axis] for axis in axes], dtype=int))
+        if size % ways:
+            raise PlanError(
+                f"{name} {shape}: dim {d} of size {size} cannot be kept in {ways} equal parts {text(spec)}; "
+                "choose a layout whose axes divide it"
+            )
+    return jax.ShapeDtypeStruct(shape, as_dtype(dtype), sharding=named(jmesh, spec))
+
+
+def as_dtype(name: Any) -> Any:
+    """Returns the JAX dtype of a name in a plan; "key<fry>" is a typed PRNG key."""
+    if isinstance(name, str) and name.startswith("key<"):
+        return _key_dtype(_KEYS.get(name[4:-1], name[4:-1]))
+    return jax.numpy.dtype(name)
+
+
+_KEYS = {"fry": "threefry2x32", "urbg": "unsafe_rbg"}
+
+
+@functools.lru_cache(maxsize=None)
+def _key_dtype(impl: str) -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
+
+
+def slot_sharding(jmesh: JaxMesh, slot: Slot) -> NamedSharding:
+    """Returns where every buffer of a slot lies on its stage's mesh."""
+    return named(jmesh, slot.spec)

@@ -1,0 +1,63 @@
+"""Compiled segments of one stage: lowered once, compiled when first needed or ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from autopar.core.program import Run, Worker
+from autopar.runtime.lower import Lowered
+
+Array = Any
+
+
+class Compiled:
+    """One segment on one mesh.
+
+    Args:
+        lowered: the function and how its inputs and outputs lie.
+        donated: positions of inputs whose memory it may take.
+    """
+
+    def __init__(self, lowered: Lowered, donated: tuple[int, ...]):
+        self.lowered, self.donated = lowered, donated
+
+    @cached_property
+    def jitted(self) -> Callable[..., Sequence[Array]]:
+        """The function of its inputs as separate arguments, with layouts pinned on both sides."""
+        fun = self.lowered.fun
+        return jax.jit(
+            lambda *inputs: fun(list(inputs)),
+            in_shardings=tuple(x.sharding for x in self.lowered.inputs),
+            out_shardings=[x.sharding for x in self.lowered.outputs],
+            donate_argnums=self.donated,
+        )
+
+    @cached_property
+    def executable(self) -> Any:
+        """The compiled program (`jax.stages.Compiled`)."""
+        return self.jitted.lower(*self.lowered.inputs).compile()  # type: ignore[attr-defined]
+
+    @property
+    def text(self) -> str:
+        return self.executable.as_text()
+
+    def __call__(self, *inputs: Array) -> Sequence[Array]:
+        return self.executable(*inputs)
+
+
+def donations(worker: Worker) -> dict[str, tuple[int, ...]]:
+    """Returns segment → input positions that every Run of it may give up.
+
+    Only positions that all Runs agree on, so that a segment is compiled once; and no feeds, which may be the
+    caller's own arrays.
+    """
+    feeds, agreed = set(worker.feeds), dict[str, set[int]]()
+    for run in worker.instructions:
+        if isinstance(run, Run):
+            mine = {k for k in run.donated if run.inputs[k] not in feeds}
+            agreed[run.segment] = agreed.get(run.segment, mine) & mine
+    return {name: tuple(sorted(positions)) for name, positions in agreed.items()}
