@@ -1,0 +1,1 @@
+"""Nouns for people: tables, pictures, timelines and curves."""
