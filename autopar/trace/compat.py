@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sysconfig
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -126,3 +128,40 @@ def is_dropped(v: Any) -> bool:
 def version() -> tuple[int, ...]:
     """Returns JAX's version as numbers: (0, 10, 2)."""
     return tuple(int(n) for n in jax.__version__.split(".")[:3] if n.isdigit())
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a source file."""
+
+    file: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file.rsplit('/', 1)[-1]}:{self.number}"
+
+
+def line_of(equation: JaxprEqn) -> Line | None:
+    """Returns the user's line that made an equation: the innermost one that lies in no library, else None."""
+    traceback = equation.source_info.traceback
+    if traceback is None:
+        return None
+    return innermost((f.file_name, f.line_num) for f in traceback.frames)
+
+
+def innermost(frames: Iterable[tuple[str, int]]) -> Line | None:
+    """Returns the first of `frames` (file, line), innermost first, that is the user's, else the first outside of JAX."""
+    outside = None
+    for file, number in frames:
+        if file.startswith("<") or file.startswith(_OWN) or f"{os.sep}jax{os.sep}_src{os.sep}" in file:
+            continue
+        if not file.startswith(_LIBRARIES):
+            return Line(file, number)
+        outside = outside or Line(file, number)
+    return outside
+
+
+_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_LIBRARIES = tuple(
+    {sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+)

@@ -1,0 +1,111 @@
+"""A flat jaxpr as a `core.graph.Graph`: value ids, rules, costs, marks and the user's source lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.extend.core import JaxprEqn, Literal, Var
+
+from autopar.core.graph import Equation, Graph, Loop, Phase, Value
+from autopar.trace import compat, marks, work
+from autopar.trace.flat import Flat, dce, flatten
+from autopar.trace.rules import RuleBook
+from autopar.trace.traced import Traced
+
+
+def trace(flat: Flat, book: RuleBook, names: Mapping[Var, str] | None = None) -> Traced:
+    """Returns `flat` as a graph with the equations behind it, scan bodies included.
+
+    Args:
+        flat: with marks; a missing phase is inferred, a missing layer stays None.
+        book: where rules come from and are kept.
+        names: tree paths of inputs and outputs.
+    """
+    flat = marks.complete_phases(flat)
+    book.learn(flat.equations)
+    scans = [(i, compat.scan_of(e)) for i, e in enumerate(flat.equations)]
+    bodies = {i: trace(dce(flatten(s.body)), book) for i, s in scans if s is not None}
+    ids = value_ids(flat)
+    constants = {ids[v]: value for v, value in flat.constants}
+    graph = build(flat, {i: b.graph for i, b in bodies.items()}, book, names)
+    notes = dict.fromkeys([*_notes(flat, book), *(n for b in bodies.values() for n in b.notes)])
+    return Traced(graph, flat.equations, tuple(ids), constants, bodies, notes=tuple(notes))
+
+
+def value_ids(flat: Flat) -> dict[Var, int]:
+    """Returns the value id of each variable: inputs, then constants, then results in the order they are made."""
+    made = (v for e in flat.equations for v in e.outvars)
+    return {v: i for i, v in enumerate([*flat.inputs, *(v for v, _ in flat.constants), *made])}
+
+
+def build(
+    flat: Flat, bodies: Mapping[int, Graph], book: RuleBook, names: Mapping[Var, str] | None = None
+) -> Graph:
+    """Returns the graph of `flat`, whose marks all have a phase.
+
+    Args:
+        flat: the equations.
+        bodies: index of each scan → graph of its body.
+        book: knows the rules of all equations.
+        names: tree paths of inputs and outputs.
+    """
+    ids = value_ids(flat)
+    names = names or {}
+    layers = marks.order(flat)
+    lines: dict[int, str] = {}
+    equations = []
+    for i, (equation, mark) in enumerate(zip(flat.equations, flat.marks)):
+        rule = book(equation)
+        equations.append(
+            Equation(
+                op=equation.primitive.name,
+                inputs=tuple(None if isinstance(a, Literal) else ids[a] for a in equation.invars),
+                outputs=tuple(ids[v] for v in equation.outvars),
+                rule=rule,
+                kind=work.kind(equation, rule),
+                flops=work.flops(equation),
+                phase=mark.phase or Phase.FORWARD,
+                layer=None if mark.layer is None else layers.index(mark.layer),
+                source=_source(equation, lines),
+                loop=_loop(equation, bodies.get(i)),
+            )
+        )
+    return Graph(
+        values=tuple(value(v, names.get(v, "")) for v in ids),
+        equations=tuple(equations),
+        inputs=tuple(ids[v] for v in flat.inputs),
+        outputs=tuple(None if isinstance(a, Literal) else ids[a] for a in flat.outputs),
+        layers=layers,
+        constants=tuple(ids[v] for v, _ in flat.constants),
+    )
+
+
+def value(v: Any, name: str = "") -> Value:
+    """Returns the core value of a variable."""
+    return Value(tuple(int(n) for n in v.aval.shape), str(v.aval.dtype), name)
+
+
+def _loop(equation: JaxprEqn, body: Graph | None) -> Loop | None:
+    scan = compat.scan_of(equation)
+    if scan is None:
+        return None
+    assert body is not None, "every scan has a body"
+    return Loop(body, scan.length, scan.consts, scan.carries)
+
+
+def _source(equation: JaxprEqn, known: dict[int, str]) -> str:
+    key = id(equation.source_info.traceback)
+    if key not in known:
+        known[key] = str(compat.line_of(equation) or "")
+    return known[key]
+
+
+def _notes(flat: Flat, book: RuleBook) -> Sequence[str]:
+    noted = []
+    for equation in flat.equations:
+        note = book.note(equation) if compat.scan_of(equation) is None else ""
+        if note:
+            where = compat.line_of(equation)
+            noted.append(f"{where}: {note}" if where else note)
+    return noted

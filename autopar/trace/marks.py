@@ -1,0 +1,161 @@
+"""Which layer and which phase each equation belongs to, read off the names that differentiation leaves in place."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jax.extend.core import JaxprEqn, Literal, Var
+
+from autopar.core.graph import Phase
+from autopar.trace import boundary
+from autopar.trace.flat import Flat, Mark
+from autopar.trace.work import contraction_flops
+
+_TRANSFORM = re.compile(r"\w*\(|\)")
+_INDEXED = re.compile(r"^(?P<stem>.*?)[_\-]?(?P<index>\d+)(?:\.\w+)?$")
+_SHARE = (
+    0.05  # a family with less than this share of the products is not one of layers (a head, a projection)
+)
+
+
+def annotate(flat: Flat) -> Flat:
+    """Returns `flat` with its marks completed from `layer_boundary`s if there are any, else from the name stack.
+
+    Marks that are there already are kept; what names and boundaries don't tell stays None. Boundaries are removed.
+    """
+    phases = [m.phase or phase_of(e) for e, m in zip(flat.equations, flat.marks)]
+    if any(boundary.is_boundary(e) for e in flat.equations):
+        layers = boundary.layers(flat.equations, phases)
+    else:
+        layers = layer_names(flat.equations)
+    marks = tuple(
+        Mark(old.layer or layer, phase) for old, layer, phase in zip(flat.marks, layers, phases, strict=True)
+    )
+    return boundary.remove(replace(flat, marks=marks))
+
+
+def phase_of(equation: JaxprEqn) -> Phase | None:
+    """Returns FORWARD or BACKWARD for an equation made by differentiation, None for any other."""
+    names = str(equation.source_info.name_stack)
+    if "transpose(" in names:
+        return Phase.BACKWARD
+    return Phase.FORWARD if "jvp(" in names else None
+
+
+def complete_phases(flat: Flat) -> Flat:
+    """Returns `flat` with a phase in every mark.
+
+    What feeds a forward equation is forward, what feeds only backward ones backward, the rest apply. Where nothing was
+    differentiated, all is forward.
+    """
+    phases = [m.phase for m in flat.marks]
+    if not any(phases):
+        phases = [Phase.FORWARD] * len(phases)
+    feeds: dict[Var, set[Phase]] = defaultdict(set)
+    for i in range(len(phases) - 1, -1, -1):
+        equation = flat.equations[i]
+        fed = set().union(*(feeds[v] for v in equation.outvars))
+        known = phases[i]
+        if known is None:
+            known = next((p for p in (Phase.FORWARD, Phase.BACKWARD) if p in fed), Phase.APPLY)
+            phases[i] = known
+        for a in equation.invars:
+            if not isinstance(a, Literal):
+                feeds[a].add(known)
+    return replace(flat, marks=tuple(Mark(m.layer, p) for m, p in zip(flat.marks, phases)))
+
+
+def order(flat: Flat) -> tuple[str, ...]:
+    """Returns the names of the layers in the order in which the forward equations meet them."""
+    forward = [m.layer for m in flat.marks if m.layer is not None and m.phase is not Phase.BACKWARD]
+    anywhere = [m.layer for m in flat.marks if m.layer is not None]
+    return tuple(dict.fromkeys([*forward, *anywhere]))
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Names that differ in a number only: "GPT/Block_0", "GPT/Block_1"…"""
+
+    prefix: tuple[str, ...]
+    stem: str
+
+
+def layer_names(equations: Sequence[JaxprEqn]) -> list[str | None]:
+    """Returns per equation the name of its layer, or None.
+
+    The layers are the outermost family of numbered names with at least two members that holds more than half of the
+    products' FLOPs; families side by side (encoder and decoder) count together.
+    """
+    paths = [path_of(e) for e in equations]
+    members: dict[_Family, set[str]] = defaultdict(set)
+    held: dict[_Family, float] = defaultdict(float)
+    total = 0.0
+    for path, equation in zip(paths, equations):
+        work = contraction_flops(equation)
+        total += work
+        for family, name in _families(path):
+            members[family].add(name)
+            held[family] += work
+    found = [f for f in members if len(members[f]) > 1 and held[f] >= _SHARE * total]
+    for depth in sorted({len(f.prefix) for f in found}):
+        chosen = {f for f in found if len(f.prefix) == depth}
+        if total and sum(held[f] for f in chosen) > total / 2:
+            return _short([_name(path, chosen) for path in paths])
+    return [None] * len(equations)
+
+
+def path_of(equation: JaxprEqn) -> tuple[str, ...]:
+    """Returns the scopes of an equation, outermost first, without transformations: ("GPT", "Block_1", "attention")."""
+    text = _TRANSFORM.sub("", str(equation.source_info.name_stack))
+    return tuple(part for part in text.split("/") if part)
+
+
+def _families(path: tuple[str, ...]) -> list[tuple[_Family, str]]:
+    found = []
+    for depth, part in enumerate(path):
+        match = _INDEXED.match(part)
+        if match:
+            found.append((_Family(path[:depth], match["stem"]), match["index"]))
+    return found
+
+
+def _name(path: tuple[str, ...], chosen: set[_Family]) -> str | None:
+    for depth, (family, index) in ((len(f.prefix), (f, n)) for f, n in _families(path)):
+        if family in chosen:
+            part = path[depth]
+            match = _INDEXED.match(part)
+            assert match is not None
+            whole = part[: match.end("index")]  # "Block_1.attend" is Block_1
+            return "/".join((*path[:depth], whole)) if index else None
+    return None
+
+
+def _short(names: list[str | None]) -> list[str | None]:
+    """Drops the scopes that all names share: "GPT/Block_1" → "Block_1", but keeps "h/3"."""
+    split = [n.split("/") for n in dict.fromkeys(names) if n is not None]
+    common = 0
+    while split and all(len(s) > common + 1 and s[common] == split[0][common] for s in split):
+        common += 1
+    if any(s[common:][0].isdigit() for s in split) and common:
+        common -= 1
+    return [None if n is None else "/".join(n.split("/")[common:]) for n in names]
+
+
+def is_marked(flat: Flat) -> bool:
+    """Returns whether any equation is known to belong to a layer."""
+    return any(m.layer is not None for m in flat.marks)
+
+
+__all__: list[Any] = [
+    "annotate",
+    "complete_phases",
+    "is_marked",
+    "layer_names",
+    "order",
+    "path_of",
+    "phase_of",
+]
