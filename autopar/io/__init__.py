@@ -1,0 +1,1 @@
+"""Files: checkpoints now; weights in other formats when serving is built."""
