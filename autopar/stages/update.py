@@ -1,0 +1,98 @@
+"""Layers of the apply phase: parameters live in their first layer, optimizer state and update with them."""
+
+from __future__ import annotations
+
+from autopar.core.graph import Phase
+from autopar.stages.draft import Draft, batch_of
+from autopar.stages.forward import first_use
+
+ROUNDS = 8
+"""Passes over the apply phase; each carries homes one step further along aliases. Two do in practice."""
+
+
+def apply_layers(draft: Draft) -> None:
+    """Sets the layer of every apply equation that belongs to one.
+
+    Tensors decide, scalars do not: the update of a parameter that is scaled by a global norm stays with the
+    parameter. What remains None is computed from nothing layered (a counter, a learning rate), or is a scalar
+    that mixes layers (a global norm, whether all gradients are finite): `cut` computes that on one stage.
+    """
+    examples = batch_of(draft.graph)
+    uses = first_use(draft, Phase.FORWARD, Phase.BACKWARD)
+    held = {*draft.graph.inputs, *draft.graph.constants} - examples
+    home = {v: k for v, k in uses.items() if v in held and not draft.scalar(v)}
+    named = {i for i in draft.of_phase(Phase.APPLY) if draft.layer[i] is not None}
+    for _ in range(ROUNDS):
+        before = list(draft.layer), dict(home)
+        _from_operands(draft, home, named)
+        _from_readers(draft, home)
+        _house(draft, home, held)
+        if before == (draft.layer, home):
+            break
+
+
+def _layers_of(draft: Draft, i: int, home: dict[int, int]) -> tuple[set[int], set[int], bool]:
+    """Returns the layers of the tensors and of the scalars read, and whether a scalar read mixes layers."""
+    tensors: set[int] = set()
+    scalars: set[int] = set()
+    mixed = False
+    for v in draft.graph.equations[i].operands:
+        maker = draft.maker.get(v)
+        at = home.get(v) if maker is None else draft.layer[maker]
+        if at is not None:
+            (scalars if draft.scalar(v) else tensors).add(at)
+        elif maker is not None and draft.scalar(v):
+            mixed = mixed or _reads_layers(draft, maker)
+    return tensors, scalars, mixed
+
+
+def _reads_layers(draft: Draft, i: int) -> bool:
+    """Returns whether an equation without a layer depends on layered ones: it is global rather than free."""
+    todo, seen = [i], {i}
+    while todo:
+        for j in draft.makers(todo.pop()):
+            if draft.layer[j] is not None:
+                return True
+            if j not in seen:
+                seen.add(j)
+                todo.append(j)
+    return False
+
+
+def _from_operands(draft: Draft, home: dict[int, int], named: set[int]) -> None:
+    for i in draft.of_phase(Phase.APPLY):
+        if i in named:
+            continue
+        tensors, scalars, mixed = _layers_of(draft, i, home)
+        if tensors:
+            draft.layer[i] = min(tensors)
+        elif not draft.big(i):
+            draft.layer[i] = scalars.pop() if len(scalars) == 1 and not mixed else None
+
+
+def _from_readers(draft: Draft, home: dict[int, int]) -> None:
+    """Gives tensors made from homeless operands (a moment times its decay) the layer of what reads them."""
+    for i in reversed(draft.of_phase(Phase.APPLY)):
+        if draft.layer[i] is not None or not draft.big(i):
+            continue
+        after = {k for j in draft.readers(i) if (k := draft.layer[j]) is not None}
+        operands = draft.graph.equations[i].operands
+        homeless = any(v not in draft.maker and v not in home and not draft.scalar(v) for v in operands)
+        if len(after) == 1 or (after and homeless):
+            draft.layer[i] = min(after)
+
+
+def _house(draft: Draft, home: dict[int, int], held: set[int]) -> None:
+    """Gives a home to optimizer state: that of the equation that reads it, or that makes its next value."""
+    graph = draft.graph
+    for i in draft.of_phase(Phase.APPLY):
+        at = draft.layer[i]
+        for v in graph.equations[i].operands:
+            if at is not None and v in held and v not in home and not draft.scalar(v):
+                home[v] = at
+    for o, position in graph.aliases:
+        v, new = graph.inputs[position], graph.outputs[o]
+        maker = draft.maker.get(new) if new is not None else None
+        at = draft.layer[maker] if maker is not None else None
+        if at is not None and v not in home and not draft.scalar(v):
+            home[v] = at
