@@ -168,7 +168,9 @@ class _Box:
     slow: tuple[float, float]
     extra: tuple[float, float]
     arcs: Arcs
-    prices: Prices | None
+    prices: Prices | None = None
+    cap: int = FIRST_CAP
+    tried: float = math.inf  # arcs there were when labels were last tried
 
     def __lt__(self, other: _Box) -> bool:
         return self.bound < other.bound
@@ -205,7 +207,7 @@ class _Search:
                 self._range(arcs.slow, self.weights.slowest),
                 self._range(arcs.extra, self.weights.fixed),
             )
-            self._push(_Box(0.0, slow, extra, arcs, None))
+            self._push(_Box(0.0, slow, extra, arcs))
         while self.open:
             if self._out_of_time():
                 return
@@ -220,26 +222,36 @@ class _Search:
 
     def _solve(self, box: _Box) -> None:
         """Solve a box, or split it, or find that it holds nothing of interest."""
-        cap = FIRST_CAP
         while True:
             box = self._tighten(box)
             if box.bound >= self.cut or not len(box.arcs):
                 return
-            dropped = self._labels(box, cap)
-            if dropped >= self.cut:
-                return
-            box = _Box(
-                max(box.bound, min(dropped, self.objective)), box.slow, box.extra, box.arcs, box.prices
-            )
+            width = self._width(box)
+            if width <= self._narrow(box) and (width == 0 or 2 * len(box.arcs) <= box.tried):
+                dropped = self._labels(box)
+                if dropped >= self.cut:
+                    return
+                bound = max(box.bound, min(dropped, self.objective))
+                box = replace(box, bound=bound, tried=len(box.arcs))
             parts = self._split(box)
             if parts:
                 for part in parts:
                     self._push(part)
                 return
-            if cap >= MOST_CAP or self._out_of_time():
+            if box.cap > MOST_CAP or self._out_of_time():
                 self.lost = min(self.lost, box.bound)
                 return
-            cap *= 4
+            box = replace(box, cap=4 * box.cap)
+
+    def _width(self, box: _Box) -> float:
+        """How much the bound of a box can gain by splitting it."""
+        slow = self.weights.slowest * (box.slow[1] - box.slow[0])
+        return slow + self.weights.fixed * (box.extra[1] - box.extra[0])
+
+    def _narrow(self, box: _Box) -> float:
+        """The width at which labels are worth their time."""
+        gap = self.cut - box.bound
+        return 0.02 * box.bound if self.best is None else min(0.02 * box.bound, 4 * gap)
 
     def _push(self, box: _Box) -> None:
         if box.bound < self.cut:
@@ -260,16 +272,16 @@ class _Search:
             self._offer(box.arcs, path)
         bound = max(box.bound, prices.bound + least)
         if bound >= self.cut:
-            return _Box(bound, box.slow, box.extra, box.arcs, prices)
+            return replace(box, bound=bound, prices=prices)
         through = self._through(box, prices)
         keep = through < self.cut
         if keep.sum() > 0.9 * len(keep):
-            return _Box(bound, box.slow, box.extra, box.arcs, prices)
+            return replace(box, bound=bound, prices=prices)
         arcs = box.arcs.where(keep)
         if not len(arcs):
-            return _Box(math.inf, box.slow, box.extra, arcs, None)
+            return replace(box, bound=math.inf, arcs=arcs)
         prices = price_devices(self.problem, arcs, self.ceiling, prices, 4, self.cut - least)
-        return _Box(max(bound, prices.bound + least), box.slow, box.extra, arcs, prices)
+        return replace(box, bound=max(bound, prices.bound + least), arcs=arcs, prices=prices)
 
     def _through(self, box: _Box, prices: Prices) -> Array:
         """For every arc of a box, a bound on the plans that use it."""
@@ -284,7 +296,7 @@ class _Search:
         extra = np.maximum(arcs.extra, box.extra[0])
         return priced - float(row @ self.available) + self.weights.slowest * slow + self.weights.fixed * extra
 
-    def _labels(self, box: _Box, cap: int) -> float:
+    def _labels(self, box: _Box) -> float:
         """Run the label program on a box; the least bound of what it left out (inf: nothing)."""
         assert box.prices is not None
         arcs = box.arcs
@@ -300,7 +312,7 @@ class _Search:
             np.array(self.weights),
             (*box.slow, *box.extra),
             self.cut,
-            cap,
+            box.cap,
             SCAN,
             FINALS,
         )
@@ -323,7 +335,7 @@ class _Search:
 
     def _part(self, box: _Box, slow: tuple[float, float], extra: tuple[float, float], keep: Bools) -> _Box:
         assert box.prices is not None
-        part = _Box(box.bound, slow, extra, box.arcs.where(keep), box.prices)
+        part = replace(box, slow=slow, extra=extra, arcs=box.arcs.where(keep))
         return replace(part, bound=max(box.bound, box.prices.bound + self._least(part)))
 
     def _slow_values(self, arcs: Arcs) -> Array:

@@ -33,7 +33,9 @@ def prefix_bounds(arcs, cost, transfer, prices, positions):
     first, stop, kind, devices, last = arcs
     layers, kinds = len(first) - 2, len(prices)
     before = np.full((layers + 1, kinds, positions + 1), np.inf)
-    inside = np.full((layers + 1, kinds, positions + 1), np.inf)  # ends at j with a stage of kind k at position p
+    inside = np.full(
+        (layers + 1, kinds, positions + 1), np.inf
+    )  # ends at j with a stage of kind k at position p
     arc_of = np.full((layers + 1, kinds, positions + 1), -1, np.int64)
     kind_of = np.full((layers + 1, kinds, positions + 1), -1, np.int64)
     before[0, :, :] = 0.0
@@ -89,7 +91,9 @@ def through_bounds(arcs, cost, transfer, prices, positions, before):
     first, stop, kind, devices, last = arcs
     layers, kinds = len(first) - 2, len(prices)
     after = np.full((layers + 1, kinds, positions + 1), np.inf)
-    follow = np.full((layers + 1, kinds, positions + 1), np.inf)  # after a stage of kind k ending at j; q stages left
+    follow = np.full(
+        (layers + 1, kinds, positions + 1), np.inf
+    )  # after a stage of kind k ending at j; q stages left
     follow[layers, :, 0] = 0.0
     through = np.full(len(stop), np.inf)
     for i in range(layers - 1, -1, -1):
@@ -161,7 +165,12 @@ def undominated(order, value, whole, kind, scan):
 @njit(cache=True)
 def beats(x, y, value, whole, kind, width):
     """Whether label x is at least as good as y whatever comes before them."""
-    if kind[x] != kind[y] or value[x, 0] > value[y, 0] or value[x, 1] > value[y, 1] or value[x, 2] > value[y, 2]:
+    if (
+        kind[x] != kind[y]
+        or value[x, 0] > value[y, 0]
+        or value[x, 1] > value[y, 1]
+        or value[x, 2] > value[y, 2]
+    ):
         return False
     for w in range(width):
         if whole[x, w] > whole[y, w]:
@@ -170,7 +179,9 @@ def beats(x, y, value, whole, kind, width):
 
 
 @njit(cache=True)
-def label_pass(arcs, seconds, extra, transfer, blocks, available, prices, before, weights, box, cut, cap, scan, finals):
+def label_pass(
+    arcs, seconds, extra, transfer, blocks, available, prices, before, weights, box, cut, cap, scan, finals
+):
     """Suffixes of plans (labels), grown from the last layer to the first, best `cap` at each layer.
 
     A label is a set of stages for layers i..L with its exact cost, slowest stage, largest fixed cost, devices used per
@@ -206,10 +217,10 @@ def label_pass(arcs, seconds, extra, transfer, blocks, available, prices, before
     start[layers], end[layers] = 0, 1
     count = 1
     dropped = np.inf
-    budget = np.zeros(rows)
+    owed = np.zeros((room, rows))  # per label and row: cost + prices * (devices used - available)
     for m in range(rows):
         for k in range(kinds):
-            budget[m] += prices[m, k] * available[k]
+            owed[0, m] -= prices[m, k] * available[k]
     new_room = 4096
     new_value = np.empty((new_room, 5))  # cost, slowest, fixed, bound, rank
     new_whole = np.empty((new_room, kinds + 1), np.int32)
@@ -231,14 +242,13 @@ def label_pass(arcs, seconds, extra, transfer, blocks, available, prices, before
                 if slow > most_slow or fixed > most_fixed:
                     continue
                 cost = value[x, 0] + weights[0] * (seconds[a] + moved) if weights[0] > 0 else 0.0
-                base = cost + weights[1] * slow + weights[2] * fixed
+                terms = (cost - value[x, 0]) + weights[1] * slow + weights[2] * fixed
                 bound = rank = -np.inf
-                for m in range(rows):
-                    low = base + before[m, i, k, p] - budget[m]
-                    for h in range(kinds):
-                        low += prices[m, h] * whole[x, h]
-                    low += prices[m, k] * devices[a]
+                for m in range(rows - 1, -1, -1):
+                    low = owed[x, m] + terms + prices[m, k] * devices[a] + before[m, i, k, p]
                     bound = max(bound, low)
+                    if bound >= cut:
+                        break
                     if m > 0:
                         rank = max(rank, low)
                 if bound >= cut:
@@ -266,12 +276,16 @@ def label_pass(arcs, seconds, extra, transfer, blocks, available, prices, before
         start[i] = count
         if count + len(keep) > room:
             room = 2 * (count + len(keep))
-            value, whole = grow(value, room), grow(whole, room)
+            value, whole, owed = grow(value, room), grow(whole, room), grow(owed, room)
             parent, label_kind = grow(parent, room), grow(label_kind, room)
         for x in keep:
             value[count] = new_value[x, :3]
             whole[count] = new_whole[x]
             parent[count] = new_parent[x]
+            follower, arc = new_parent[x]
+            for m in range(rows):
+                owed[count, m] = owed[follower, m] + prices[m, kind[arc]] * devices[arc]
+                owed[count, m] += new_value[x, 0] - value[follower, 0]
             label_kind[count] = new_kind[x]
             count += 1
         end[i] = count

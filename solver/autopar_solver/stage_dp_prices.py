@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import highspy
 import numpy as np
-from scipy.optimize import linprog
 
 from autopar_solver import stage_dp_kernels as kernels
 from autopar_solver.stage_dp_arcs import Arcs
@@ -51,7 +51,12 @@ class Prices:
 
 
 def price_devices(
-    problem: StageProblem, arcs: Arcs, ceiling: float, warm: Prices | None = None, rounds: int = 40, enough: float = np.inf
+    problem: StageProblem,
+    arcs: Arcs,
+    ceiling: float,
+    warm: Prices | None = None,
+    rounds: int = 40,
+    enough: float = np.inf,
 ) -> Prices:
     """Prices whose bound is close to the largest there is.
 
@@ -87,10 +92,16 @@ class _Kelley:
             self.cuts += [cut for cut in warm.cuts if cut.slow <= most_slow and cut.extra <= most_extra]
             for prices in warm.rows[1:][::-1]:
                 self.evaluate(prices)
+        self.have = np.maximum(self.available, 1.0)
+        self.scale = self.sum or max([cut.cost for cut in self.cuts], default=1.0) or 1.0
+        self.highs: Any = None
+        self.rows = 0  # cuts the linear program has
 
     def evaluate(self, prices: Array) -> float:
         """L at these prices; remembers the cut."""
-        before, whole, path = kernels.prefix_bounds(self.flat, self.cost, self.transfer, prices, self.arcs.positions)
+        before, whole, path = kernels.prefix_bounds(
+            self.flat, self.cost, self.transfer, prices, self.arcs.positions
+        )
         value = float(whole - prices @ self.available)
         self.tried.append((value, prices, before))
         if np.isfinite(whole):
@@ -120,18 +131,34 @@ class _Kelley:
 
         The variables are scaled so that 1 means: all devices of the kind together cost as much as a plan does.
         """
-        have = np.maximum(self.available, 1.0)
-        scale = self.sum or max(max(cut.cost for cut in self.cuts), 1e-300)
-        rows = np.array([np.append(-cut.over / have, 1.0) for cut in self.cuts])
-        sides = np.array([cut.cost / scale for cut in self.cuts])
-        goal = np.append(np.zeros(len(have)), -1.0)
-        bounds = [(0.0, radius)] * len(have) + [(None, 1e9)]
-        total: Any = {"A_eq": np.append(np.ones(len(have)), 0.0)[None], "b_eq": np.ones(1)} if self.sum else {}
-        result: Any = linprog(goal, A_ub=rows, b_ub=sides, bounds=bounds, method="highs", **total)
-        if result.x is None:
-            return self.tried[0][1], np.inf, True
-        scaled = np.array(result.x[:-1])
-        return scaled * scale / have, float(result.x[-1]) * scale, bool((scaled >= 0.99 * radius).any())
+        kinds = len(self.have)
+        if self.highs is None:
+            self.highs = self._linear_program(kinds)
+        for cut in self.cuts[self.rows :]:
+            entries = np.append(-cut.over / self.have, 1.0)
+            self.highs.addRow(-np.inf, cut.cost / self.scale, kinds + 1, np.arange(kinds + 1, dtype=np.int32), entries)
+        self.rows = len(self.cuts)
+        for k in range(kinds):
+            self.highs.changeColBounds(k, 0.0, radius)
+        self.highs.run()
+        solution = np.array(self.highs.getSolution().col_value)
+        if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal or len(solution) != kinds + 1:
+            return self.tried[-1][1], np.inf, True
+        scaled = np.maximum(solution[:-1], 0.0)
+        return scaled * self.scale / self.have, float(solution[-1]) * self.scale, bool((scaled >= 0.99 * radius).any())
+
+    def _linear_program(self, kinds: int) -> Any:
+        """max value subject to the cuts (none yet), over scaled prices."""
+        highs: Any = highspy.Highs()
+        highs.setOptionValue("output_flag", False)
+        highs.setOptionValue("threads", 1)
+        for _ in range(kinds):
+            highs.addVar(0.0, 1.0)
+        highs.addVar(-np.inf, 1e9)
+        highs.changeColCost(kinds, -1.0)
+        if self.sum:
+            highs.addRow(1.0, 1.0, kinds, np.arange(kinds, dtype=np.int32), np.ones(kinds))
+        return highs
 
     def result(self) -> Prices:
         """The zero row and the best few rows, best last."""
