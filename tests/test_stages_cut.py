@@ -66,7 +66,7 @@ class Shape:
 
 
 def train_step(s: Shape) -> tuple[Graph, tuple[bool, ...]]:
-    """A GPT's skeleton: embedding, blocks x + f(x W), head (tied or not), momentum with clipping, a step counter."""
+    """A GPT's skeleton: embedding, blocks x + f(x W), head, momentum with clipping, a step counter."""
     m = Maker()
     table = m.arg((V, D), "p.table")
     head = table if s.tied else m.arg((V, D), "p.head")
@@ -173,7 +173,7 @@ def evaluate(graph: Graph, equations, env: dict[int, int]) -> None:
 
 
 def run(graph: Graph, segments: tuple[Segment, ...]) -> list[int | None]:
-    """Runs the segments in order, each seeing its declared inputs only and keeping its declared outputs only."""
+    """Runs the segments in order; each sees its declared inputs only and keeps its declared outputs only."""
     held = holders(graph, segments)
     env = {v: hash(("input", v)) for v in (*graph.inputs, *graph.constants)}
     made: dict[int, int] = {}
@@ -195,7 +195,7 @@ def expected(graph: Graph) -> list[int | None]:
 
 
 def check_levels(graph: Graph, segments: tuple[Segment, ...]) -> None:
-    """An apply segment reads results of its own stage or of lower levels; a level is one more than it waits for."""
+    """An apply segment reads its own stage or lower levels; a level is one more than it waits for."""
     made = {v: s for s in segments for v in s.outputs}
     for s in segments:
         before = [made[v] for v in s.inputs if v in made and made[v].phase is Phase.APPLY]
@@ -252,3 +252,196 @@ def test_segments_compute_the_graph(shape: Shape, new_stage: list[bool]):
         stages.append(stages[-1] + step)
     segments = cut(graph, tuple(stages[: len(graph.layers)]))
     check_cut(graph, segments)
+
+
+def golden(name: str, text: str) -> None:
+    path = GOLDEN / name
+    if not path.exists():
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def text_of(graph: Graph, segments: tuple[Segment, ...]) -> str:
+    def values(ids):
+        return " ".join(graph.values[v].name or f"v{v}" for v in ids) or "-"
+
+    lines = [f"{graph}", ""]
+    for s in segments:
+        ops = " ".join(graph.equations[i].op for i in s.equations)
+        lines += [f"{s.name}: {ops}", f"  in  {values(s.inputs)}", f"  out {values(s.outputs)}"]
+    held = holders(graph, segments)
+    lines += ["", *(f"{graph.values[v].name} on {' '.join(map(str, on))}" for v, on in held.items())]
+    return "\n".join(lines) + "\n"
+
+
+def completed(shape: Shape, layers: int | None = None) -> Graph:
+    graph, marked = train_step(shape)
+    return assign(graph, marked, layers)
+
+
+def test_tied_three_stages_text():
+    graph = completed(Shape(accuracy=True))
+    golden("stages_tied_gpt.txt", text_of(graph, cut(graph, (0, 1, 2))))
+
+
+def test_anonymous_two_stages_text():
+    graph = completed(Shape(blocks=4, named=False, decay=True, skips=((0, 2),)), layers=4)
+    golden("stages_anonymous.txt", text_of(graph, cut(graph, (0, 0, 1, 1))))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_every_weight_lives_on_one_stage(named: bool):
+    """Anonymous backward equations find the layer of their forward, or weights would be held twice."""
+    graph = completed(Shape(blocks=6, named=named, tied=False, decay=True), layers=6)
+    last = len(graph.layers) - 1
+    held = holders(graph, cut(graph, tuple(range(last + 1))))
+    assert all(len(on) == 1 for v, on in held.items() if graph.values[v].shape)
+    weights = [held[v][0] for v in held if graph.values[v].name.startswith("p.w")]
+    assert weights == sorted(weights) and len(set(weights)) >= last
+    for v in held:
+        name = graph.values[v].name
+        if name.startswith("m."):
+            twin = next(w for w in held if graph.values[w].name == "p." + name[2:])
+            assert held[v] == held[twin]
+
+
+def test_tied_gradient_crosses_once_per_step():
+    graph = completed(Shape())
+    made = graph.producers()
+    (parts, parameter) = [v for v, p in graph.gradients if graph.values[p].name == "p.table"], graph.inputs[0]
+    assert [graph.equations[made[v]].op for v in parts] == ["scatter", "dhead"]
+    assert {v for v, _ in graph.combine} >= set(parts)
+    segments = cut(graph, (0, 1, 2))
+    readers = [s for s in segments if set(parts) & set(s.inputs)]
+    assert [s.phase for s in readers] == [Phase.APPLY] and readers[0].stage == 0
+    assert holders(graph, segments)[parameter] == (0, 2)
+
+
+def test_global_norm_takes_three_levels():
+    segments = cut(completed(Shape()), (0, 1, 2))
+    update = [(s.level, s.stage) for s in segments if s.phase is Phase.APPLY]
+    assert update == [(0, 1), (0, 2), (1, 0), (2, 1), (2, 2)]  # norms; all of stage 0; updates
+    plain = cut(completed(Shape(clip=False)), (0, 1, 2))
+    assert {s.level for s in plain if s.phase is Phase.APPLY} == {0}
+
+
+def test_one_stage():
+    assert [s.name for s in cut(completed(Shape(microbatches=1)), (0, 0, 0))] == ["step"]
+    graph = completed(Shape(microbatches=4, accuracy=True))
+    segments = cut(graph, (0, 0, 0))
+    assert [(s.name, s.phase) for s in segments] == [("micro", Phase.FORWARD), ("apply", Phase.APPLY)]
+    check_cut(graph, segments)
+
+
+def inference(layers: int, marks: bool = True) -> Graph:
+    m = Maker()
+    weights = [m.arg((D, D), f"w{k}") for k in range(layers)]
+    caches = [m.arg((B, D), f"cache{k}") for k in range(layers)]
+    position, x = m.arg((), "position"), m.arg((B, D), "x")
+    batch, new = (x,), []
+    for k, (w, cache) in enumerate(zip(weights, caches)):
+        m.layer = k if marks else None
+        x = m.dot(x, w, (B, D))
+        new.append(m.op("update", (cache, x, position), (B, D), OpKind.MEMORY))
+        x = m.op("attend", (x, new[-1]), (B, D), OpKind.MEMORY)
+    m.layer = None
+    following = m.op("add", (position, None), ())
+    outputs = (*new, following, x)
+    names = tuple(f"layer {k}" for k in range(layers)) if marks else ()
+    aliases = tuple((k, layers + k) for k in range(layers + 1))
+    return Graph(
+        tuple(m.values), tuple(m.equations), tuple(m.inputs), outputs, names, aliases, batch, microbatches=2
+    )
+
+
+def test_forward_only():
+    graph = assign(inference(4), (False,) * len(inference(4).equations))
+    segments = cut(graph, (0, 0, 1, 2))
+    assert [s.name for s in segments] == ["forward_0", "forward_1", "forward_2"]
+    check_cut(graph, segments)
+    assert [s.name for s in cut(graph, (0, 0, 0, 0))] == ["micro"]
+
+
+def test_many_layers_stay():
+    graph = assign(inference(96))
+    assert len(graph.layers) == 96
+    assert [e.layer for e in graph.equations[:6]] == [0, 0, 0, 1, 1, 1]
+
+
+def test_default_number_of_layers():
+    assert len(assign(inference(12, marks=False)).layers) == 6
+    assert len(assign(inference(96, marks=False)).layers) == 16
+    assert len(assign(inference(12, marks=False), layers=3).layers) == 3
+
+
+def test_a_value_that_would_flow_back_is_refused():
+    graph = completed(Shape(named=True))
+    equations = list(graph.equations)
+    swapped = next(i for i, e in enumerate(equations) if e.op == "dot")
+    equations[swapped] = replace(equations[swapped], layer=2)
+    with pytest.raises(
+        PlanError, match=r"add at model\.py:5.*forward value of the later stage 2 \(dot at model"
+    ):
+        cut(replace(graph, equations=tuple(equations)), (0, 1, 2))
+    late = next(i for i, e in enumerate(equations) if e.op == "dgelu" and e.layer == 1)
+    equations = list(graph.equations)
+    equations[late] = replace(equations[late], layer=0)
+    with pytest.raises(PlanError, match=r"add_any at .*cotangent of the earlier stage 0 \(dgelu at model"):
+        cut(replace(graph, equations=tuple(equations)), (0, 1, 2))
+
+
+def test_named_layers_out_of_order_are_pushed():
+    """A layer used a second time after later ones (shared weights) runs, that time, with the later ones."""
+    graph, marked = train_step(Shape(blocks=4))
+    again = [replace(e, layer=1) if e.layer == 3 else e for e in graph.equations]
+    graph = assign(replace(graph, equations=tuple(again)), marked)
+    check_cut(graph, cut(graph, (0, 1, 2, 3)))
+
+
+def test_batch_in_the_update_is_refused():
+    graph, marked = train_step(Shape())
+    update = graph.equations[-1]
+    reads = replace(update, inputs=(*update.inputs[:2], graph.batch[0]))
+    graph = replace(graph, equations=(*graph.equations[:-1], reads))
+    with pytest.raises(PlanError, match=r"sgd at model\.py.*'ids' of the batch"):
+        cut(assign(graph, marked), (0, 1, 2))
+
+
+def test_a_free_value_of_the_examples_read_by_the_update():
+    """A token count made from labels alone is combined over micro-batches, not computed in the update."""
+    m = Maker(phase=Phase.FORWARD)
+    w, labels = m.arg((D, D), "w"), m.arg((B, D), "labels")
+    tokens = m.op("count", (labels,), (), OpKind.MEMORY)
+    m.layer = 0
+    x = m.dot(labels, w, (B, D))
+    m.layer = 1
+    y = m.dot(x, w, (B, D))
+    m.phase, m.layer = Phase.BACKWARD, None
+    g = m.dot(y, y, (D, D))
+    m.phase = Phase.APPLY
+    new = m.op("sgd", (w, g, tokens), (D, D))
+    graph = Graph(
+        tuple(m.values),
+        tuple(m.equations),
+        (w, labels),
+        (new,),
+        ("a", "b"),
+        ((0, 0),),
+        (labels,),
+        microbatches=2,
+    )
+    segments = cut(assign(graph), (0, 1))
+    maker = {v: s.name for s in segments for v in s.outputs}
+    assert maker[tokens] == "forward_1"
+    check_cut(graph, segments)
+
+
+def test_bad_arguments():
+    graph, marked = train_step(Shape())
+    with pytest.raises(BadInput, match="one mark for each"):
+        assign(graph, marked[1:])
+    with pytest.raises(BadInput, match="at least 1 layer"):
+        assign(graph, marked, layers=0)
+    for stages in [(0, 1), (0, 2, 2), (1, 1, 1), (0, 1, 0)]:
+        with pytest.raises(PlanError, match="stage"):
+            cut(assign(graph, marked), stages)

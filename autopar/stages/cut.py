@@ -113,8 +113,13 @@ class _Cutter:
                 part = self.part(graph.equations[maker].phase, stage)
             else:
                 crossings = [when + (s != stage) for s, when in placed.reads[maker].items()]
-                part = self.part(Phase.APPLY, stage, max([0, *crossings]))
+                part = self._update(stage, max([0, *crossings]))
             self.extra.setdefault(part, set()).add(v)
+
+    def _update(self, stage: int, level: int) -> Part:
+        """Returns the stage's first update part at this level or later; a new one if there is none."""
+        wanted = self.part(Phase.APPLY, stage, level)
+        return min((p for p in self.roots if p.stage == stage and p >= wanted), default=wanted)
 
     def _free_per_example(self) -> None:
         """Gives free values of single examples that the apply phase reads (a token count) to the last one."""
@@ -176,7 +181,7 @@ class _Cutter:
                 equation, name = self.graph.equations[i], self.graph.values[v].name or f"v{v}"
                 raise PlanError(
                     f"{equation.op} at {equation.source or 'an unknown line'}: the update reads {name!r} "
-                    f"of the batch, of which only one of {self.graph.microbatches} micro-batches is there at once; "
+                    f"of the batch, of which only one of {self.graph.microbatches} micro-batches is there; "
                     "compute it in the loss function, or use 1 micro-batch"
                 )
 

@@ -43,7 +43,7 @@ def is_real(draft: Draft, i: int) -> bool:
 
 
 def _parameter_scalars(draft: Draft, forward: list[int]) -> None:
-    home: dict[int, int] = first_use(draft, Phase.FORWARD)
+    home = {v: k for v, k in first_use(draft, Phase.FORWARD).items() if v not in draft.maker}
     for i in forward:
         equation = draft.graph.equations[i]
         if draft.layer[i] is not None or any(v in draft.varies for v in equation.operands):

@@ -70,6 +70,7 @@ def place(graph: Graph, stage_of_layer: tuple[int, ...]) -> Placement:
         level.append(_level(ready, at) if equation.phase is Phase.APPLY else 0)
         reads.append(ready)
     _check_direction(graph, stage, maker)
+    _delay(graph, stage, level)
     varies = frozenset(spread(graph, batch_of(graph)))
     return Placement(tuple(stage), tuple(level), tuple(reads), varies, maker)
 
@@ -89,6 +90,20 @@ def _unlayered(graph: Graph, equation: Equation, ready: Ready) -> int | None:
 def _level(ready: Ready, at: int | None) -> int:
     """Returns the first level at which everything read is there: one more after another stage's level."""
     return max([0, *(when + (s != at) for s, when in ready.items())])
+
+
+def _delay(graph: Graph, stage: list[int | None], level: list[int]) -> None:
+    """Moves work of the apply phase into the level that reads it, where its own stage alone does.
+
+    Else the first part of every update (a moment times its decay) would be written to memory between levels.
+    """
+    readers = graph.consumers()
+    for i in reversed(range(len(graph.equations))):
+        equation = graph.equations[i]
+        after = [j for v in equation.outputs for j in readers.get(v, ())]
+        own = stage[i] is not None and all(stage[j] == stage[i] for j in after)
+        if equation.phase is Phase.APPLY and own and after:
+            level[i] = max(level[i], min(level[j] for j in after))
 
 
 def _check_direction(graph: Graph, stage: list[int | None], maker: dict[int, int]) -> None:
