@@ -1,4 +1,5 @@
-"""The interpreter over a hand-written program: two stages of unlike meshes, two micro-batches, one parameter each."""
+"""The interpreter over a hand-written program: two stages of unlike meshes, two micro-batches, one parameter
+each."""
 
 import jax
 import jax.numpy as jnp

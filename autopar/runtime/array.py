@@ -1,4 +1,5 @@
-"""Leaves of a result that are no single `jax.Array` of this process: held by another process, or in pieces."""
+"""Leaves of a result that are no single `jax.Array` of this process: held by another process, or in
+pieces."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """Where a leaf lives: pieces along dim 0, in order, each a buffer of a stage. One piece: the whole leaf."""
+    """Where a leaf lives: pieces along dim 0, in order, each a buffer of a stage. One piece: the whole
+    leaf."""
 
     pieces: tuple[tuple[int, Buffer], ...]
 
@@ -87,7 +89,8 @@ class DistributedArray:
             raise consumed(self.name, self._generation.consumed)
 
     def fetch(self) -> Array:
-        """Returns the whole array: numpy, or a `jax.Array` of a typed PRNG key. Raises BadInput once it is stale."""
+        """Returns the whole array: numpy, or a `jax.Array` of a typed PRNG key. Raises BadInput once it is
+        stale."""
         self.check()
         if self._pending is None:
             waits = [self.session.fetch(stage, [buffer]) for stage, buffer in self.home.pieces]

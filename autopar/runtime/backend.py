@@ -18,7 +18,8 @@ class StageMemory:
     """Bytes on one device of a stage.
 
     Attributes:
-        arguments, outputs, temporary, aliased: of the compiled segment that needs most (outputs that reuse a donated
+        arguments, outputs, temporary, aliased: of the compiled segment that needs most (outputs that reuse a
+            donated
             argument's memory count in `aliased` too).
         segment: which one that is.
         peak: arguments + outputs − aliased + temporary of that segment.
@@ -60,10 +61,11 @@ class Session(Protocol):
         ...
 
     def fetch(self, stage: int, buffers: Sequence[Buffer]) -> Callable[[], list[Array]]:
-        """Starts fetching what a stage's buffers hold after the last step; returns a function that waits for it.
+        """Starts fetching what a stage's buffers hold after the last step; returns a function that waits for
+        it.
 
-        A session that is not `local` gives whole numpy arrays, of a typed PRNG key its key data. What is fetched
-        is what the buffers hold now, whatever steps are started before the function is called.
+        A session that is not `local` gives whole numpy arrays, of a typed PRNG key its key data. What is
+        fetched is what the buffers hold now, whatever steps are started before the function is called.
         """
         ...
 

@@ -1,10 +1,12 @@
 """The in-process backend: every stage in this process, on disjoint sub-meshes of its devices.
 
-One thread dispatches all stages' instructions; JAX runs them asynchronously, so stages overlap on their own devices.
+One thread dispatches all stages' instructions; JAX runs them asynchronously, so stages overlap on their own
+devices.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import Counter
@@ -25,8 +27,8 @@ from autopar.runtime import layout
 from autopar.runtime.backend import StageMemory
 from autopar.runtime.interpreter import Interpreter
 from autopar.runtime.lower import lower
-from autopar.runtime.segments import Compiled, donations
-from autopar.runtime.transfer import LocalTransport, own
+from autopar.runtime.segments import Compiled, consumed, donations
+from autopar.runtime.transfer import LocalTransport, own, share
 
 Array = Any
 PATIENCE = 600.0
@@ -35,7 +37,8 @@ PATIENCE = 600.0
 
 @dataclass(frozen=True)
 class InProcess:
-    """A backend that runs all stages on this process's devices, in order; `devices` defaults to `jax.devices()`."""
+    """A backend that runs all stages on this process's devices, in order; `devices` defaults to
+    `jax.devices()`."""
 
     devices: tuple[jax.Device, ...] | None = None
 
@@ -60,6 +63,7 @@ class InProcessSession:
         self.meshes = _split(plan.stages, devices)
         self._slots = [{slot.value: slot for slot in worker.slots} for worker in program]
         self.segments = self._lower(traced)
+        self._consumed = [consumed(worker) for worker in program]
         self.transport = LocalTransport(self._slots, self.sharding)
         self.interpreters = [
             Interpreter(worker, self.segments, self.transport.post(s), lambda b, s=s: self.sharding(s, b))
@@ -85,21 +89,24 @@ class InProcessSession:
     # -- the session protocol
 
     def load(self, stage: int, arrays: Mapping[Buffer, Array], donate: bool = False) -> None:
-        shardings = [self.sharding(stage, buffer) for buffer in arrays]
-        kept = [layout.as_dtype(self.slot(stage, buffer).dtype) for buffer in arrays]
-        cast = [x if x.dtype == dtype else x.astype(dtype) for x, dtype in zip(arrays.values(), kept)]
-        self.interpreters[stage].load(dict(zip(arrays, own(cast, shardings, donate))))
+        mine = {b: x for b, x in arrays.items() if b in self._consumed[stage] or not isinstance(x, jax.Array)}
+        shared = {b: x for b, x in arrays.items() if b not in mine}
+        for part, place in ((mine, functools.partial(own, donate=donate)), (shared, share)):
+            shardings = [self.sharding(stage, buffer) for buffer in part]
+            kept = [layout.as_dtype(self.slot(stage, buffer).dtype) for buffer in part]
+            cast = [x if x.dtype == dtype else x.astype(dtype) for x, dtype in zip(part.values(), kept)]
+            self.interpreters[stage].load(dict(zip(part, place(cast, shardings))))
 
     def step(self, feeds: Sequence[Mapping[Buffer, Array]]) -> None:
         self._feed(feeds)
-        stage = position = 0
+        done = 0
         try:
-            for stage, position, operation in self._order:
+            for operation in self._operations:
                 operation()
+                done += 1
         except Exception as error:
-            error.add_note(
-                f"in stage {stage}, instruction {self.program.workers[stage].instructions[position]}"
-            )
+            stage, position = self._order[done]
+            error.add_note(f"in stage {stage}: {self.program.workers[stage].instructions[position]}")
             self._clear()
             raise
 
@@ -162,8 +169,12 @@ class InProcessSession:
             self.interpreters[stage].load(dict(zip(feed, arrays)))
 
     @cached_property
-    def _order(self) -> list[tuple[int, int, Callable[[], Any]]]:
-        return [(s, k, self.interpreters[s].bound(k)) for s, k in dispatch_order(self.program)]
+    def _order(self) -> list[tuple[int, int]]:
+        return dispatch_order(self.program)
+
+    @cached_property
+    def _operations(self) -> list[Callable[[], Any]]:
+        return [self.interpreters[stage].bound(position) for stage, position in self._order]
 
 
 def dispatch_order(program: Program) -> list[tuple[int, int]]:
@@ -192,7 +203,8 @@ def stage_name(index: int, stage: Stage) -> str:
 
 
 def stage_memory(stage: Stage, segments: Mapping[str, Compiled]) -> StageMemory:
-    """Returns what the compiler says of the segment that needs most memory, beside what the plan says of the stage."""
+    """Returns what the compiler says of the segment that needs most memory, beside what the plan says of the
+    stage."""
     rows: list[StageMemory] = []
     for name, segment in segments.items():
         found = segment.executable.memory_analysis()

@@ -7,6 +7,7 @@ registers. A step then costs one call per instruction and no dictionary look-ups
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
@@ -114,7 +115,8 @@ class Interpreter:
         return True
 
     def bound(self, position: int) -> Callable[[], bool | None]:
-        """Returns one instruction as a function of no arguments, for a caller that orders several workers itself."""
+        """Returns one instruction as a function of no arguments, for a caller that orders several workers
+        itself."""
         return functools.partial(self.operations[position], self._registers)
 
     def measure(self, start: float) -> list[Event]:
@@ -126,9 +128,10 @@ class Interpreter:
             One event per instruction that computes or moves data, in seconds since `start`.
         """
         events: list[Event] = []
-        for self.at, instruction in enumerate(self.worker.instructions):
+        for at, instruction in enumerate(self.worker.instructions):
+            self.at = at
             begun = time.perf_counter()
-            done = self.operations[self.at](self._registers)
+            done = self.operations[at](self._registers)
             assert done is not False, "measured steps need a transport that waits"
             jax.block_until_ready(self.fetch(writes(instruction)))
             if not isinstance(instruction, Free | Rename):
@@ -265,9 +268,10 @@ def _last_pieces(instructions: Sequence[Instruction]) -> set[int]:
 
 
 def _dies_next(instructions: Sequence[Instruction]) -> set[int]:
-    """Positions of the Accumulates whose operands are all freed right afterwards: a first sum may take their memory."""
+    """Positions of the Accumulates whose operands are all freed right afterwards: a first sum may take their
+    memory."""
     dying: set[int] = set()
-    for position, (instruction, following) in enumerate(zip(instructions, instructions[1:])):
+    for position, (instruction, following) in enumerate(itertools.pairwise(instructions)):
         if isinstance(instruction, Accumulate) and isinstance(following, Free):
             dying.update([position] if set(instruction.buffers) <= set(following.buffers) else [])
     return dying

@@ -19,19 +19,20 @@ def _scaled(x: Array, scale: float) -> Array:
     return (x * jnp.asarray(scale, jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def begin(scale: float, shardings: Shardings, donate: bool) -> Callable[[Sequence[Array]], list[Array]]:
-    """Returns a function xs → [scale·x]: the sums after the first micro-batch. donate: xs are dead afterwards."""
+    """Returns a function xs → [scale·x]: the sums after the first micro-batch. donate: xs are dead
+    afterwards."""
 
     def start(xs: Sequence[Array]) -> list[Array]:
-        # A real copy even where scale is 1: jit hands an input that is returned unchanged back as the same memory,
-        # and what is donated later must not be shared.
+        # A real copy even where scale is 1: jit hands an input that is returned unchanged back as the same
+        # memory, and what is donated later must not be shared.
         return [jnp.copy(_scaled(x, scale)) for x in xs]
 
     return jax.jit(start, out_shardings=list(shardings), donate_argnums=0 if donate else ())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def add(scale: float, shardings: Shardings) -> Callable[[Sequence[Array], Sequence[Array]], list[Array]]:
     """Returns a function (sums, xs) → [sum + scale·x] that reuses the memory of the sums."""
 
@@ -41,7 +42,7 @@ def add(scale: float, shardings: Shardings) -> Callable[[Sequence[Array], Sequen
     return jax.jit(fold, out_shardings=list(shardings), donate_argnums=0)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def join(shardings: Shardings) -> Callable[[Sequence[Sequence[Array]]], list[Array]]:
     """Returns a function that concatenates each list of arrays along dim 0."""
 
@@ -51,7 +52,9 @@ def join(shardings: Shardings) -> Callable[[Sequence[Sequence[Array]]], list[Arr
     return jax.jit(concatenate, out_shardings=list(shardings))
 
 
-@functools.lru_cache(maxsize=None)
-def cast(dtypes: tuple[str, ...]) -> Callable[[Sequence[Array]], list[Array]]:
+@functools.cache
+def cast(dtypes: tuple[str, ...], shardings: Shardings) -> Callable[[Sequence[Array]], list[Array]]:
     """Returns a function that casts each array to the dtype at its position, where it lies."""
-    return jax.jit(lambda xs: [x.astype(dtype) for x, dtype in zip(xs, dtypes)])
+    return jax.jit(
+        lambda xs: [x.astype(dtype) for x, dtype in zip(xs, dtypes)], out_shardings=list(shardings)
+    )

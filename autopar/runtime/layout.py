@@ -19,7 +19,8 @@ JaxMesh = jax.sharding.Mesh | AbstractMesh
 
 
 def jax_mesh(mesh: Mesh, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
-    """Returns `mesh` over real devices (in mesh order, row-major), with axes that take sharding constraints."""
+    """Returns `mesh` over real devices (in mesh order, row-major), with axes that take sharding
+    constraints."""
     grid = np.asarray(devices, dtype=object).reshape(mesh.shape)
     return jax.sharding.Mesh(grid, mesh.names, axis_types=(AxisType.Auto,) * len(mesh.names))
 
@@ -29,9 +30,10 @@ def abstract_mesh(mesh: Mesh) -> AbstractMesh:
     return AbstractMesh(mesh.shape, mesh.names, axis_types=(AxisType.Auto,) * len(mesh.names))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def named(jmesh: JaxMesh, spec: Spec) -> NamedSharding:
-    """Returns the sharding of `spec` on `jmesh`; equal arguments give the same object, which keeps dispatch fast."""
+    """Returns the sharding of `spec` on `jmesh`; equal arguments give the same object, which keeps dispatch
+    fast."""
     return NamedSharding(jmesh, PartitionSpec(*(dim[0] if len(dim) == 1 else dim or None for dim in spec)))
 
 
@@ -62,7 +64,7 @@ def as_dtype(name: Any) -> Any:
 _KEYS = {"fry": "threefry2x32", "urbg": "unsafe_rbg"}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _key_dtype(impl: str) -> Any:
     return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
 

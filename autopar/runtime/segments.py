@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from autopar.core.program import Run, Worker
+from autopar.core.program import Buffer, Run, Worker
 from autopar.runtime.lower import Lowered
 
 Array = Any
@@ -61,3 +61,9 @@ def donations(worker: Worker) -> dict[str, tuple[int, ...]]:
             mine = {k for k in run.donated if run.inputs[k] not in feeds}
             agreed[run.segment] = agreed.get(run.segment, mine) & mine
     return {name: tuple(sorted(positions)) for name, positions in agreed.items()}
+
+
+def consumed(worker: Worker) -> frozenset[Buffer]:
+    """Returns the buffers whose memory some Run takes."""
+    runs = (i for i in worker.instructions if isinstance(i, Run))
+    return frozenset(run.inputs[k] for run in runs for k in run.donated)

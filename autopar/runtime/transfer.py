@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from autopar.core.dtypes import itemsize
 from autopar.core.errors import ProgramError
 from autopar.core.program import Buffer, Recv, Send, Slot
 from autopar.runtime import kernels
+from autopar.runtime.reshard import carrier
 
 Array = Any
 
@@ -21,8 +21,8 @@ Array = Any
 def own(arrays: Sequence[Array], shardings: Sequence[jax.sharding.Sharding], donate: bool) -> list[Array]:
     """Returns copies in these layouts that share no memory with the arrays given (unless `donate`).
 
-    `device_put(…, may_alias=False)` alone does not promise that: where the layout changes but one device keeps the
-    same tile, the tile is shared, and donating the result would delete the caller's array.
+    `device_put(…, may_alias=False)` alone does not promise that: where the layout changes but one device
+    keeps the same tile, the tile is shared, and donating the result would delete the caller's array.
     """
     placed = jax.device_put(list(arrays), list(shardings), donate=donate, may_alias=None if donate else False)
     if donate:
@@ -31,6 +31,12 @@ def own(arrays: Sequence[Array], shardings: Sequence[jax.sharding.Sharding], don
     for i, copy in zip(shared, _copy([placed[i] for i in shared])):
         placed[i] = copy
     return placed
+
+
+def share(arrays: Sequence[Array], shardings: Sequence[jax.sharding.Sharding]) -> list[Array]:
+    """Returns the arrays in these layouts; one that lies so already is not copied, so it must never be
+    donated."""
+    return jax.device_put(list(arrays), list(shardings))
 
 
 def _may_share(x: Array, sharding: jax.sharding.Sharding) -> bool:
@@ -61,7 +67,8 @@ class LocalTransport:
         self._box: dict[tuple[int, str], list[Array]] = {}
         self._arrived, self._failed = threading.Condition(), False
         self.patience: float | None = None
-        """Seconds a receive waits; None: it returns at once. Set for measured steps, which run a thread per stage."""
+        """Seconds a receive waits; None: it returns at once. Set for measured steps, which run a thread per
+        stage."""
 
     def send(self, instruction: Send, arrays: Sequence[Array]) -> None:
         route = self._routes.get((instruction.to, instruction.tag))
@@ -108,19 +115,14 @@ class LocalTransport:
         kept = [self._slots[send.to][buffer.value].dtype for buffer in send.buffers]
         came = [str(x.dtype) for x in arrays]
         narrow = tuple(k if itemsize(k) < itemsize(c) else c for k, c in zip(kept, came))
-        put = functools.partial(_put, layouts)
-        before = kernels.cast(narrow) if list(narrow) != came else None
-        after = kernels.cast(tuple(kept)) if list(narrow) != kept else None
-
-        def route(arrays: Sequence[Array]) -> list[Array]:
-            moved = put(before(arrays) if before else arrays)
-            return after(moved) if after else moved
-
-        return route
+        before = kernels.cast(narrow, tuple(x.sharding for x in arrays)) if list(narrow) != came else _same
+        carry = carrier(arrays, layouts)
+        after = kernels.cast(tuple(kept), tuple(layouts)) if list(narrow) != kept else _same
+        return lambda arrays: after(carry(before(arrays)))
 
 
-def _put(layouts: list[jax.sharding.Sharding], arrays: Sequence[Array]) -> list[Array]:
-    return jax.device_put(list(arrays), layouts)
+def _same(arrays: Sequence[Array]) -> list[Array]:
+    return list(arrays)
 
 
 class _Mailbox:

@@ -1,0 +1,77 @@
+"""The results of one step, gathered from the stages that hold them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from autopar.core.program import Buffer, Program
+from autopar.runtime.array import DistributedArray, Generation, Home
+from autopar.runtime.backend import Session
+from autopar.runtime.layout import as_dtype
+
+Array = Any
+Waits = list[Callable[[], list[Array]]]
+"""Per stage, a function that gives what was asked of it."""
+
+
+class Results:
+    """Makes the result leaves of a call.
+
+    A leaf is the live `jax.Array` where this process holds it whole; a `DistributedArray` where another
+    process does or where it lies in pieces. State is fetched when it is looked at; other results are asked
+    for at once.
+
+    Args:
+        leaves: `trace.traced.Leaf` of the results.
+        outputs: value ids of the step's outputs, as in the plan.
+        program, session: who holds what.
+    """
+
+    def __init__(
+        self, leaves: Sequence[Any], outputs: Sequence[int | None], program: Program, session: Session
+    ):
+        self._session, self._leaves = session, tuple(leaves)
+        self._homes = homes(self._leaves, outputs, program)
+        held = [set(worker.state) for worker in program]
+        self._state = [all(b in held[s] for s, b in home.pieces) for home in self._homes]
+        now = [home for home, state in zip(self._homes, self._state) if session.local or not state]
+        self._asked = [
+            tuple(dict.fromkeys(b for home in now for s, b in home.pieces if s == stage))
+            for stage in range(len(held))
+        ]
+        self._place = {(s, b): k for s, asked in enumerate(self._asked) for k, b in enumerate(asked)}
+
+    def __call__(self, generation: Generation) -> list[Any]:
+        """Returns the leaves of the step that was just started; its state goes stale with `generation`."""
+        waits = [functools.cache(self._session.fetch(s, asked)) for s, asked in enumerate(self._asked)]
+        return [self._leaf(k, waits, generation) for k in range(len(self._leaves))]
+
+    def _leaf(self, k: int, waits: Waits, generation: Generation) -> Any:
+        leaf, home = self._leaves[k], self._homes[k]
+        if not home.pieces:
+            return leaf.literal
+        if self._session.local and len(home.pieces) == 1:
+            (piece,) = home.pieces
+            return waits[piece[0]]()[self._place[piece]]
+        pending = None if self._state[k] else [self._piece(waits, piece) for piece in home.pieces]
+        stale = generation if self._state[k] else None
+        dtype = as_dtype(leaf.dtype)
+        return DistributedArray(leaf.path, leaf.shape, dtype, self._session, home, stale, pending)
+
+    def _piece(self, waits: Waits, piece: tuple[int, Buffer]) -> Callable[[], list[Array]]:
+        wait, place = waits[piece[0]], self._place[piece]
+        return lambda: [wait()[place]]
+
+
+def homes(leaves: Sequence[Any], outputs: Sequence[int | None], program: Program) -> list[Home]:
+    """Returns where each result leaf lies; nowhere for a literal."""
+    found = {k: (s, b) for s, worker in enumerate(program) for k, b in worker.results}
+    return [Home(tuple(found[k] for k in positions)) for positions in positions_of(leaves, outputs)]
+
+
+def positions_of(leaves: Sequence[Any], outputs: Sequence[int | None]) -> list[list[int]]:
+    """Returns which of the step's outputs each result leaf is: none for a literal, several for pieces."""
+    made = iter([k for k, value in enumerate(outputs) if value is not None])
+    return [[next(made) for _ in leaf.values] for leaf in leaves]
