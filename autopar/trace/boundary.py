@@ -13,8 +13,8 @@ from jax.interpreters import ad, batching, mlir
 from autopar.core.graph import Phase
 from autopar.trace.flat import Flat
 
-# An identity on the activations, because that is what survives differentiation, batching, jit and rematerialisation:
-# its transpose is a boundary of the backward pass at the same place. A marker without operands would be dropped.
+# An identity on the activations, because that is what survives differentiation, batching, jit and remat: its
+# transpose is a boundary of the backward pass at the same place. A marker without operands would be dropped.
 _boundary_p = Primitive("autopar_layer_boundary")
 _boundary_p.def_impl(lambda x: x)
 _boundary_p.def_abstract_eval(lambda aval: aval)
@@ -26,7 +26,7 @@ batching.defvectorized(_boundary_p)
 def layer_boundary(x: Any) -> Any:
     """Returns `x` unchanged, and marks that what comes after it belongs to the next layer.
 
-    Where a function contains a boundary, the layers are the regions between boundaries, whatever the names say.
+    Where a function contains a boundary, its layers are the regions between boundaries, whatever names say.
 
     Args:
         x: the activations that pass from one layer to the next: an array or a pytree of arrays.
@@ -46,8 +46,8 @@ def is_boundary(equation: JaxprEqn) -> bool:
 def layers(equations: Sequence[JaxprEqn], phases: Sequence[Phase | None]) -> list[str | None]:
     """Returns per equation the name of its region between boundaries ("layer_0", …), None in the apply phase.
 
-    Neighbouring boundaries (the leaves of one tree) are one. The backward pass meets them in reverse order, so its
-    regions are counted down.
+    Neighbouring boundaries (the leaves of one tree) are one. The backward pass meets them in reverse order, so
+    its regions are counted down.
     """
     count = _runs(equations, phases, backward=False)
     number = {False: 0, True: count}

@@ -150,10 +150,10 @@ def line_of(equation: JaxprEqn) -> Line | None:
 
 
 def innermost(frames: Iterable[tuple[str, int]]) -> Line | None:
-    """Returns the first of `frames` (file, line), innermost first, that is the user's, else the first outside of JAX."""
+    """Returns the first of `frames` (innermost first) in the user's code, else the first outside of JAX."""
     outside = None
     for file, number in frames:
-        if file.startswith("<") or file.startswith(_OWN) or f"{os.sep}jax{os.sep}_src{os.sep}" in file:
+        if file.startswith(("<", _OWN)) or f"{os.sep}jax{os.sep}_src{os.sep}" in file:
             continue
         if not file.startswith(_LIBRARIES):
             return Line(file, number)
@@ -165,3 +165,8 @@ _OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARIES = tuple(
     {sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 )
+
+
+def is_debug(effect: Any) -> bool:
+    """Returns whether an effect is that of `jax.debug.print` or `jax.debug.callback`, which may be repeated."""
+    return type(effect).__name__ == "DebugEffect"

@@ -1,4 +1,4 @@
-"""Reads factor rules off a lowered module: asks Shardy for the rule of each StableHLO op and composes them."""
+"""Factor rules off a lowered module: asks Shardy for the rule of each StableHLO op and composes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tensor = list[Factors]
 def with_rules(module: Any) -> Any:
     """Returns a copy of an MLIR module in which every op carries Shardy's rule.
 
-    A copy, because JAX keeps the module it lowered: running a pass on it would change what later lowerings return.
+    A copy, because JAX keeps the module it lowered: a pass on it would change what later lowerings return.
     """
     copy = module.operation.clone()
     with module.context:

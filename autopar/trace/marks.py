@@ -1,4 +1,4 @@
-"""Which layer and which phase each equation belongs to, read off the names that differentiation leaves in place."""
+"""Which layer and phase each equation belongs to, read off the names that differentiation leaves in place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from jax.extend.core import JaxprEqn, Literal, Var
 
@@ -17,15 +16,16 @@ from autopar.trace.work import contraction_flops
 
 _TRANSFORM = re.compile(r"\w*\(|\)")
 _INDEXED = re.compile(r"^(?P<stem>.*?)[_\-]?(?P<index>\d+)(?:\.\w+)?$")
+_RECOMPUTED = frozenset({"rematted_computation", "checkpoint", "remat"})
 _SHARE = (
     0.05  # a family with less than this share of the products is not one of layers (a head, a projection)
 )
 
 
 def annotate(flat: Flat) -> Flat:
-    """Returns `flat` with its marks completed from `layer_boundary`s if there are any, else from the name stack.
+    """Returns `flat` with its marks completed: layers from `layer_boundary` where it was called, else from names.
 
-    Marks that are there already are kept; what names and boundaries don't tell stays None. Boundaries are removed.
+    Marks that are there already are kept; what is not known stays None.
     """
     phases = [m.phase or phase_of(e) for e, m in zip(flat.equations, flat.marks)]
     if any(boundary.is_boundary(e) for e in flat.equations):
@@ -35,7 +35,7 @@ def annotate(flat: Flat) -> Flat:
     marks = tuple(
         Mark(old.layer or layer, phase) for old, layer, phase in zip(flat.marks, layers, phases, strict=True)
     )
-    return boundary.remove(replace(flat, marks=marks))
+    return replace(flat, marks=marks)
 
 
 def phase_of(equation: JaxprEqn) -> Phase | None:
@@ -49,8 +49,8 @@ def phase_of(equation: JaxprEqn) -> Phase | None:
 def complete_phases(flat: Flat) -> Flat:
     """Returns `flat` with a phase in every mark.
 
-    What feeds a forward equation is forward, what feeds only backward ones backward, the rest apply. Where nothing was
-    differentiated, all is forward.
+    What feeds a forward equation is forward, what feeds only backward ones backward, the rest apply. Where
+    nothing was differentiated, all is forward.
     """
     phases = [m.phase for m in flat.marks]
     if not any(phases):
@@ -87,8 +87,8 @@ class _Family:
 def layer_names(equations: Sequence[JaxprEqn]) -> list[str | None]:
     """Returns per equation the name of its layer, or None.
 
-    The layers are the outermost family of numbered names with at least two members that holds more than half of the
-    products' FLOPs; families side by side (encoder and decoder) count together.
+    The layers are the outermost family of numbered names with at least two members that holds more than half
+    of the products' FLOPs; families side by side (encoder and decoder) count together.
     """
     paths = [path_of(e) for e in equations]
     members: dict[_Family, set[str]] = defaultdict(set)
@@ -109,9 +109,15 @@ def layer_names(equations: Sequence[JaxprEqn]) -> list[str | None]:
 
 
 def path_of(equation: JaxprEqn) -> tuple[str, ...]:
-    """Returns the scopes of an equation, outermost first, without transformations: ("GPT", "Block_1", "attention")."""
-    text = _TRANSFORM.sub("", str(equation.source_info.name_stack))
-    return tuple(part for part in text.split("/") if part)
+    """Returns an equation's scopes, outermost first, without transformations: ("GPT", "Block_1", "mlp")."""
+    path: list[str] = []
+    for part in str(equation.source_info.name_stack).split("/"):
+        name = _TRANSFORM.sub("", part)
+        if path and name == path[0] and name != part:
+            path = []  # what remat recomputes has its first, absolute name behind the name of the backward pass
+        if name and name not in _RECOMPUTED:
+            path.append(name)
+    return tuple(path)
 
 
 def _families(path: tuple[str, ...]) -> list[tuple[_Family, str]]:
@@ -148,14 +154,3 @@ def _short(names: list[str | None]) -> list[str | None]:
 def is_marked(flat: Flat) -> bool:
     """Returns whether any equation is known to belong to a layer."""
     return any(m.layer is not None for m in flat.marks)
-
-
-__all__: list[Any] = [
-    "annotate",
-    "complete_phases",
-    "is_marked",
-    "layer_names",
-    "order",
-    "path_of",
-    "phase_of",
-]

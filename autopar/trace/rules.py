@@ -19,7 +19,7 @@ STRUCTURED = frozenset({"scan", "while", "cond", "autopar_grad", "shard_map", "p
 
 @dataclass
 class RuleBook:
-    """A cache from distinct equations (primitive, parameters, shapes) to their rules; share one to keep what it knows.
+    """A cache from distinct equations (primitive, parameters, shapes) to rules; share one to keep what it knows.
 
     Attributes:
         asked: how many distinct equations were lowered so far.
@@ -81,7 +81,7 @@ def rules_of(equations: Sequence[JaxprEqn]) -> list[Rule]:
 
 
 def lower(equations: Sequence[JaxprEqn]) -> Any:
-    """Returns an MLIR module whose main function takes every equation's operands and returns every one's results."""
+    """Returns an MLIR module whose main function takes all equations' operands and returns all their results."""
     inputs, outputs, made = [], [], []
     for equation in equations:
         operands = [a if isinstance(a, Literal) else compat.variable(a.aval) for a in equation.invars]
@@ -110,8 +110,10 @@ def read_rules(equations: Sequence[JaxprEqn], module: Any) -> list[Rule]:
 
 
 def signature(equation: JaxprEqn) -> Any:
-    """Returns a key that is equal for equations with the same rule: primitive, parameters, shapes and dtypes."""
-    avals = tuple((a.aval.shape, a.aval.dtype, isinstance(a, Literal)) for a in equation.invars)
+    """Returns a key, equal for equations with the same rule: primitive, parameters, shapes and dtypes."""
+    operands: list[Any] = [a.aval for a in equation.invars]
+    kinds = [isinstance(a, Literal) for a in equation.invars]
+    avals = tuple((a.shape, a.dtype, literal) for a, literal in zip(operands, kinds))
     params = tuple(sorted(equation.params.items()))
     try:
         hash(params)

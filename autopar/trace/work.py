@@ -36,7 +36,7 @@ _WRITES = frozenset({"random_bits", "random_gamma_p", "while", "cond"})  # their
 
 
 def kind(equation: JaxprEqn, rule: Rule | None) -> OpKind:
-    """Returns what an equation costs; elementwise is whatever has a rule that leaves every dim where it is."""
+    """Returns what an equation costs; elementwise is what has a rule that leaves every dim where it is."""
     name = equation.primitive.name
     if name == "scan":
         return OpKind.LOOP
