@@ -436,6 +436,17 @@ def test_a_free_value_of_the_examples_read_by_the_update():
     check_cut(graph, segments)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_forward_whose_batch_is_not_known(named: bool):
+    """What an embedding makes from two arguments belongs to the first layer, whichever of them is the batch."""
+    graph, _ = train_step(Shape(named=named))
+    first = next(i for i, e in enumerate(graph.equations) if e.phase is Phase.BACKWARD)
+    logits = graph.equations[first - 2].outputs
+    bare = Graph(graph.values, graph.equations[:first], graph.inputs, logits, graph.layers)
+    gather = next(e for e in assign(bare, layers=3).equations if e.op == "gather")
+    assert gather.layer == 0
+
+
 def test_bad_arguments():
     graph, marked = train_step(Shape())
     with pytest.raises(BadInput, match="one mark for each"):

@@ -17,8 +17,9 @@ class Draft:
         phase, layer: of every equation, so far.
         maker: value id → index of the equation that makes it.
         users: value id → indices of the equations that read it.
-        varies: value ids that depend on the batch. state: ids that depend on other arguments or constants
-        with a dim.
+        varies: value ids that depend on the batch.
+        state: value ids that depend on other arguments, or on constants that have a dim.
+        mixes: value ids that depend on both: what a model really computes.
     """
 
     graph: Graph
@@ -28,6 +29,7 @@ class Draft:
     users: dict[int, list[int]] = field(default_factory=dict)
     varies: set[int] = field(default_factory=set)
     state: set[int] = field(default_factory=set)
+    mixes: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, graph: Graph) -> Draft:
@@ -37,6 +39,8 @@ class Draft:
         draft.varies = spread(graph, batch_of(graph))
         others = [*graph.inputs, *(v for v in graph.constants if graph.values[v].shape)]
         draft.state = spread(graph, set(others) - batch_of(graph))
+        known = graph.batch or graph.aliases
+        draft.mixes = draft.varies & draft.state if known else _of_several(graph, others)
         return draft
 
     def scalar(self, value: int) -> bool:
@@ -71,6 +75,17 @@ class Draft:
         marks = zip(self.graph.equations, self.phase, self.layer)
         equations = tuple(replace(e, phase=phase, layer=layer) for e, phase, layer in marks)
         return replace(self.graph, equations=equations)
+
+
+def _of_several(graph: Graph, roots: list[int]) -> set[int]:
+    """Returns the values computed from more than one of the roots; stands in where the batch is not known."""
+    found = {v: 1 << k for k, v in enumerate(roots)}
+    for equation in graph.equations:
+        union = 0
+        for v in equation.operands:
+            union |= found.get(v, 0)
+        found.update((v, union) for v in equation.outputs)
+    return {v for v, union in found.items() if union & (union - 1)}
 
 
 def batch_of(graph: Graph) -> set[int]:

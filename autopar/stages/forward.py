@@ -38,8 +38,7 @@ def _after_producers(draft: Draft, forward: list[int]) -> None:
 def is_real(draft: Draft, i: int) -> bool:
     """Returns whether the equation is worth computing once only: examples × parameters, or heavy."""
     equation = draft.graph.equations[i]
-    mixes = any(v in draft.varies and v in draft.state for v in equation.outputs)
-    return mixes or equation.kind in HEAVY
+    return any(v in draft.mixes for v in equation.outputs) or equation.kind in HEAVY
 
 
 def _parameter_scalars(draft: Draft, forward: list[int]) -> None:
