@@ -56,9 +56,9 @@ class Collective:
 class LoopLayouts:
     """Layouts inside the body of one loop equation; value ids and equation indices are the body's own.
 
-    A body input is in its layout of `specs` when the body starts (for a carry that is also the layout in which every
-    trip leaves it, and of the loop's result); a stacked result leaves the body in the layout of the loop's
-    result without its first dim.
+    A body input is in its layout of `specs` when the body starts (for a carry that is also the layout in which
+    every trip leaves it, and of the loop's result); a stacked result leaves the body in the layout of the
+    loop's result without its first dim.
 
     Attributes:
         equation: index of the loop equation in the graph (or body) around it.
@@ -81,8 +81,8 @@ class ShardingPlan:
         mesh: the devices.
         specs: (value id, layout in which it is kept) for every tensor of the region with at least one dim.
         uses: (equation index, operand position, layout it is read in) where that differs from `specs`.
-        partials: (equation index, result position, layout right after the equation, before it is scattered
-            further) where that differs from `specs`.
+        partials: (equation index, result position, layout right after the equation, before it is moved on to
+            that of `specs`) where the two differ.
         forward, backward: seconds per micro-batch. apply: seconds per step.
         memory: bytes on one device.
         collectives: all predicted communication.

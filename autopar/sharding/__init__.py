@@ -1,0 +1,1 @@
+"""Sharding: how one region of the graph is spread over one mesh, chosen by an integer program."""

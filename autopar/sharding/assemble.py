@@ -1,0 +1,89 @@
+"""From the model to numbers: seconds per choice, seconds per pair of choices, bytes over time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from autopar.core.graph import Value
+from autopar.sharding.grid import Grid
+from autopar.sharding.memory import Item
+from autopar.sharding.model import Model, Read
+from autopar.sharding.resharding import table_for
+
+Floats = npt.NDArray[np.float64]
+Sizes = Callable[[Value], int]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A choice problem in seconds and bytes.
+
+    Attributes:
+        nodes: seconds per choice, per node; inf: may not be taken.
+        edges: (a, b) with a < b → seconds per pair of choices.
+        items: (node, start, stop, bytes per choice).
+        likes: per node, what has to agree for two nodes to have the same choices.
+        classes: node of the model → node here, where nodes have been merged.
+    """
+
+    nodes: tuple[Floats, ...]
+    edges: dict[tuple[int, int], Floats]
+    items: tuple[Item, ...]
+    likes: tuple[Hashable, ...]
+    classes: tuple[int, ...]
+
+
+def assemble(model: Model, grid: Grid, nbytes: Sizes, items: tuple[Item, ...], price: float) -> Costs:
+    """Returns the costs of a model. price: seconds per byte of state and residuals."""
+    nodes = [node.cost.copy() for node in model.nodes]
+    for step in model.steps:
+        nodes[step.node] += step.times * np.array([way.total for way in step.ways])
+    if price:
+        for item in items:
+            if item.lasting:
+                nodes[item.node] += price * item.nbytes
+    edges: dict[tuple[int, int], Floats] = {}
+    for read in model.reads:
+        a, b = read.source.node, read.target.node
+        seconds = read_seconds(model, read, grid, nbytes)
+        if a == b:
+            nodes[a] += np.diagonal(seconds)
+        elif a < b:
+            edges[a, b] = edges[a, b] + seconds if (a, b) in edges else seconds
+        else:
+            edges[b, a] = edges[b, a] + seconds.T if (b, a) in edges else seconds.T
+    likes = tuple(node.like for node in model.nodes)
+    return Costs(tuple(nodes), edges, items, likes, tuple(range(len(nodes))))
+
+
+def read_seconds(model: Model, read: Read, grid: Grid, nbytes: Sizes) -> Floats:
+    """Returns (choices of the source, choices of the target): seconds per step to move the value."""
+    value = model.value(read.key)
+    fixed, per_byte = table_for(value.shape, grid).prices(read.source.layouts, read.target.layouts)
+    size = nbytes(value)
+    return read.times * (fixed + per_byte * size) if size else np.zeros_like(fixed)
+
+
+def merge(costs: Costs, classes: list[int]) -> Costs:
+    """Returns the costs when all nodes of a class take the same choice: everything of a class is summed."""
+    count = max(classes, default=-1) + 1
+    nodes: list[Floats] = [np.zeros(0)] * count
+    likes: list[Hashable] = [None] * count
+    for i, c in enumerate(classes):
+        nodes[c] = nodes[c] + costs.nodes[i] if nodes[c].size else costs.nodes[i].copy()
+        likes[c] = costs.likes[i]
+    edges: dict[tuple[int, int], Floats] = {}
+    for (a, b), seconds in costs.edges.items():
+        ca, cb = classes[a], classes[b]
+        if ca == cb:
+            nodes[ca] += np.diagonal(seconds)
+            continue
+        if cb < ca:
+            ca, cb, seconds = cb, ca, seconds.T
+        edges[ca, cb] = edges[ca, cb] + seconds if (ca, cb) in edges else seconds
+    items = tuple(replace(item, node=classes[item.node]) for item in costs.items)
+    return Costs(tuple(nodes), edges, items, tuple(likes), tuple(classes[c] for c in costs.classes))

@@ -1,0 +1,87 @@
+"""Seconds: collectives by an α–β model per mesh axis, computation by a roofline."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from autopar.core.graph import OpKind
+from autopar.sharding.grid import Grid
+
+FUSION = 0.5
+"""Share of an elementwise result's bytes that reaches memory: the rest stays in registers of a fused kernel."""
+
+ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all-reduce", "all-gather", "reduce-scatter"
+ALL_TO_ALL, PERMUTE, SLICE = "all-to-all", "permute", "slice"
+
+
+class Price(NamedTuple):
+    """What a collective costs as a linear function of its buffer: seconds = fixed + per_byte · bytes.
+
+    `wire` is how many bytes one device sends per byte of the buffer.
+    """
+
+    fixed: float
+    per_byte: float
+    wire: float
+
+    def seconds(self, nbytes: float) -> float:
+        return self.fixed + self.per_byte * nbytes if nbytes else 0.0
+
+
+@functools.lru_cache(maxsize=4096)
+def collective(grid: Grid, kind: str, axes: tuple[int, ...]) -> Price:
+    """Returns the price of a collective per byte of its biggest buffer on one device.
+
+    The buffer is the whole tensor of an all-reduce, the result of an all-gather, the input of a reduce-scatter, the
+    local part in an all-to-all or permute. Each axis takes ⌈log2 n⌉ latencies and the bandwidth-optimal (n−1)/n of
+    the buffer, an all-reduce twice that (Thakur, Rabenseifner, Gropp 2005). Over several axes the collective is
+    hierarchical: the fastest axis works on the full buffer, slower ones on what is left, so that one collective
+    over two axes and two nested ones cost the same.
+    """
+    if kind == SLICE or not axes:
+        return Price(0.0, 0.0, 0.0)
+    if kind == PERMUTE:
+        slowest = min(grid.bandwidth[a] for a in axes)
+        return Price(max(grid.latency[a] for a in axes), 1 / slowest, 1.0)
+    fixed = per_byte = wire = 0.0
+    left = 1.0
+    for a in sorted(axes, key=lambda a: -grid.bandwidth[a]):
+        n = grid.sizes[a]
+        twice = 2 if kind == ALL_REDUCE else 1
+        sent = twice * (n - 1) / n * left
+        fixed += twice * math.ceil(math.log2(n)) * grid.latency[a]
+        per_byte += sent / grid.bandwidth[a]
+        wire += sent
+        if kind != ALL_TO_ALL:
+            left /= n
+    return Price(fixed, per_byte, wire)
+
+
+def compute(
+    kind: OpKind,
+    flops: float,
+    rate: float,
+    bandwidth: float,
+    reads: Sequence[float],
+    writes: float,
+    reduces: bool,
+) -> float:
+    """Returns the seconds one device computes for its part of an operation.
+
+    Args:
+        kind: what the operation is; views cost nothing, elementwise ones `FUSION` of their result.
+        flops: FLOPs of this device's part. rate: FLOP/s. bandwidth: bytes/s.
+        reads: bytes of each local operand. writes: bytes of the local results.
+        reduces: the operation sums over whole operands; one that does not (a gather) reads no more than it writes.
+    """
+    if kind is OpKind.VIEW:
+        return 0.0
+    if kind is OpKind.FUSED:
+        return FUSION * writes / bandwidth
+    if kind is OpKind.CONTRACTION:
+        return max(flops / rate, (sum(reads) + writes) / bandwidth)
+    read = sum(r if reduces else min(r, writes) for r in reads)
+    return max(flops / rate, (read + writes) / bandwidth)

@@ -1,0 +1,201 @@
+"""Bytes over time: what is alive on one device while the region runs, for every choice.
+
+State is there for the whole step; so are gradient sums when there are several micro-batches. What the forward leaves to the
+backward counts for every micro-batch in flight while micro-batches run. Everything else lives from its
+equation to its last use; results of elementwise equations are fused into their readers and keep alive what they are
+made of, unless that is larger than they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from autopar.core.graph import Combine, OpKind, Phase, Value
+from autopar.core.plan import Memory
+from autopar.sharding.grid import Grid
+from autopar.sharding.model import Home, Key, Model
+from autopar.sharding.region import Region
+
+STATE, RESIDUAL, PASSING = "state", "residual", "passing"
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """Bytes per choice of a node in the half-open interval [start, stop) of ticks. key: the value, for messages."""
+
+    node: int
+    start: int
+    stop: int
+    nbytes: npt.NDArray[np.int64]
+    role: str
+    key: Key
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the bytes stay from one micro-batch's forward to its backward, or longer."""
+        return self.role != PASSING
+
+
+def usage(
+    region: Region, model: Model, grid: Grid, nbytes: Callable[[Value], int], in_flight: int
+) -> tuple[Item, ...]:
+    """Returns all that is alive at some time; a residual's bytes are those of all micro-batches in flight."""
+    end, turn = model.ticks + 1, last_microbatch_tick(region, model)
+    items: list[Item] = []
+
+    def add(key: Key, home: Home, start: int, stop: int, role: str, factor: int = 1) -> None:
+        size = nbytes(model.value(key)) * factor
+        each = np.array([-(-size // grid.shards(x)) for x in home.layouts], dtype=np.int64)
+        if each.any() and stop > start:
+            items.append(Item(home.node, start, stop, each, role, key))
+
+    for v in region.state:
+        if ((), v) in model.homes:
+            add(((), v), model.homes[(), v], 0, end, STATE)
+    spans = Spans(region, model, nbytes)
+    sums = dict(region.combine) if region.microbatches > 1 else {}
+    for key, home in model.homes.items():
+        span = spans.of(key)
+        if span is None:
+            continue
+        start, stop, residual = span
+        if not key[0] and key[1] in sums:
+            add(key, home, 0, end, STATE, region.microbatches if sums[key[1]] is Combine.CONCAT else 1)
+            stop = min(stop, max(turn, start + 1))
+        if residual:
+            add(key, home, 0, turn, RESIDUAL, in_flight)
+        else:
+            add(key, home, start, stop, PASSING)
+    return (*items, *_gathered(region, model, grid, nbytes))
+
+
+def last_microbatch_tick(region: Region, model: Model) -> int:
+    """Returns the tick after the last equation that runs per micro-batch."""
+    ticks = [step.tick for step in model.steps if step.phase is not Phase.APPLY]
+    return max(ticks, default=model.ticks) + 1
+
+
+class Spans:
+    """When each homed value is alive."""
+
+    def __init__(self, region: Region, model: Model, nbytes: Callable[[Value], int]):
+        self.region, self.model, self.nbytes = region, model, nbytes
+        self.split = not (region.whole and region.microbatches == 1)
+        self.folded: dict[Key, Key] = {}
+        self.made: dict[Key, Phase] = {}
+        self.skip: set[Key] = {((), v) for v in region.state} | {((), v) for v, _ in region.ties}
+        self._follow_steps()
+        self.last: dict[Key, int] = {}
+        self.crossing: set[Key] = set()
+        self._extend()
+
+    def of(self, key: Key) -> tuple[int, int, bool] | None:
+        """Returns (start, stop, is a residual) of a value, or None when it takes no memory of its own."""
+        if key in self.skip or key in self.folded:
+            return None
+        start = self.model.first[key]
+        stop = max(self.last.get(key, start), start) + 1
+        if not key[0] and key[1] in self.region.results:
+            stop = self.model.ticks + 1
+        return start, stop, key in self.crossing
+
+    def _follow_steps(self) -> None:
+        """Decides which elementwise results are folded into the one value they are made of."""
+        model = self.model
+        for step in model.steps:
+            scope = model.scopes[step.path]
+            for v in step.equation.outputs:
+                self.made[step.path, v] = step.phase
+            if step.equation.kind not in (OpKind.FUSED, OpKind.VIEW):
+                continue
+            for v in step.equation.outputs:
+                size = self.nbytes(scope.values[v])
+                big = {
+                    self.folded.get((step.path, u), (step.path, u))
+                    for u in step.equation.operands
+                    if (step.path, u) in model.homes and 8 * self.nbytes(scope.values[u]) > size
+                }
+                if len(big) == 1 and self.nbytes(model.value(root := next(iter(big)))) <= size:
+                    if self.split and step.phase is not self.made.get(root, step.phase):
+                        continue
+                    self.folded[step.path, v] = root
+        for path, scope in model.scopes.items():  # a body input is a view of what the loop was given
+            if path:
+                loop = model.scopes[path[:-1]].equations[path[-1]].loop
+                assert loop is not None
+                self.skip.update(
+                    (path, b) for b in scope_inputs(loop.body.inputs, loop.consts + loop.carries)
+                )
+
+    def _extend(self) -> None:
+        """Finds last uses, and the values that the backward reads from the forward."""
+        arriving = {((), v) for v in self.region.arriving}
+        begun: dict[Key, Phase] = {}
+        for key, uses in self.model.uses.items():
+            root = self.folded.get(key, key)
+            for tick, phase in uses:
+                self.last[root] = max(self.last.get(root, 0), tick)
+                begun.setdefault(root, phase)
+                made = self.made.get(root, begun[root] if root in arriving else Phase.APPLY)
+                if made is Phase.FORWARD and phase is Phase.BACKWARD:
+                    self._cross(key, root)
+
+    def _cross(self, key: Key, root: Key) -> None:
+        """Marks what a backward use of a forward value holds: separate programs hand over the value itself."""
+        if self.split and key != root and self.made.get(key) is Phase.FORWARD:
+            del self.folded[key]
+            self.last[key] = max(tick for tick, _ in self.model.uses[key])
+            self.crossing.add(key)
+        else:
+            self.crossing.add(root)
+
+
+def scope_inputs(inputs: Sequence[int], count: int) -> Iterable[int]:
+    """Returns the body inputs that are no slices: consts and carries, which live outside of the body."""
+    return inputs[:count]
+
+
+def _gathered(region: Region, model: Model, grid: Grid, nbytes: Callable[[Value], int]) -> list[Item]:
+    """Returns the parts of state that an operation reads in its own layout, alive while it runs.
+
+    They are counted even where the state already has that layout, since that depends on two choices: the prediction is above
+    the truth by at most the operands of one operation.
+    """
+    state = {((), v) for v in region.state}
+    found: list[Item] = []
+    ticks = {(step.path, step.index): step.tick for step in model.steps}
+    for read in model.reads:
+        if read.key not in state or read.site is None or read.target.node == read.source.node:
+            continue
+        tick = ticks.get(read.site[:2])
+        if tick is None or read.phase is Phase.APPLY:
+            continue
+        size = nbytes(model.value(read.key))
+        each = np.array([-(-size // grid.shards(x)) for x in read.target.layouts], dtype=np.int64)
+        found.append(Item(read.target.node, tick, tick + 1, each, PASSING, read.key))
+    return found
+
+
+def totals(items: Sequence[Item], chosen: Sequence[int], turn: int, in_flight: int, limit: int) -> Memory:
+    """Returns the memory of a choice per node; its `peak` is the most that is alive at any tick."""
+    state = residual = 0
+    horizon = max((item.stop for item in items), default=0) + 1
+    steps = np.zeros(horizon + 1, dtype=np.int64)
+    for item in items:
+        used = int(item.nbytes[chosen[item.node]])
+        if item.role == STATE:
+            state += used
+        elif item.role == RESIDUAL:
+            residual += used
+        else:
+            steps[item.start] += used
+            steps[item.stop] -= used
+    alive = np.cumsum(steps)
+    held = residual // max(1, in_flight)
+    during, after = int(alive[:turn].max(initial=0)), int(alive[turn:].max(initial=0))
+    workspace = max(during, after - held * in_flight, 0)
+    return Memory(state, held, in_flight, workspace, limit)

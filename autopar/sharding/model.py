@@ -1,0 +1,135 @@
+"""The choice model: nodes that choose, homes of values on nodes, and the reads between them.
+
+A *node* chooses between ways to lay out one thing: an input, an operation, a copy of a value. The *home* of a value says in
+which layout it is for every choice of its node; an operation that follows its source puts its results on the
+source's node. A *read* says in which layout a node wants a value for every choice of its own: what it
+costs to move the value there becomes the cost of the edge. Results of equations that only depend on constants, and
+expansions of small values (a bias broadcast over the batch), are *lazy*: they have no home but are computed wherever they are read,
+in the reader's layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from autopar.core.graph import Equation, Phase, Value
+from autopar.sharding.grid import Layout
+from autopar.sharding.strategies import Op, Strategy
+
+Path: TypeAlias = tuple[int, ...]
+"""Indices of the loop equations around a scope; () is the region itself."""
+Key: TypeAlias = tuple[Path, int]
+"""A value: the scope it lives in, and its id there."""
+Site: TypeAlias = tuple[Path, int, int]
+"""An operand or result: scope, equation index, position."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Where equations live: the region, or the body of a loop. times: trips per run of the phase around it."""
+
+    path: Path
+    values: tuple[Value, ...]
+    equations: tuple[Equation, ...]
+    trips: int = 1
+    phase: Phase | None = None
+
+
+@dataclass(slots=True)
+class Node:
+    """Something that chooses. like: nodes with equal `like` have the same choices in the same order."""
+
+    name: str
+    choices: int
+    like: Hashable
+    cost: npt.NDArray[np.float64]
+    parents: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """A value's layout for each choice of a node."""
+
+    node: int
+    layouts: tuple[Layout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A node wants a value in a layout.
+
+    Attributes:
+        key: the value. source: where it is read from. target: who wants it, and in which layout for each choice.
+        times: per step. site: the operand it is for, or None for a copy or the body of a loop.
+        tie: the value moves to where it is kept from then on.
+        lazy: what is really read is a lazy value made of this one.
+        copy: the target only offers the value to its readers.
+    """
+
+    key: Key
+    source: Home
+    target: Home
+    phase: Phase
+    times: int
+    site: Site | None = None
+    tie: bool = False
+    lazy: bool = False
+    copy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An equation that runs: on which node, and how for each of the node's choices."""
+
+    path: Path
+    index: int
+    equation: Equation
+    node: int
+    ways: tuple[Strategy, ...]
+    phase: Phase
+    times: int
+    tick: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lazy:
+    """A value without a home: made by an equation wherever it is read."""
+
+    op: Op | None
+    path: Path
+    index: int
+    position: int
+    sources: tuple[tuple[int, Key], ...]
+
+
+@dataclass
+class Model:
+    """Everything the builder found out; see the fields' types. `made`: homes of results before a tie moved them."""
+
+    nodes: list[Node] = field(default_factory=list)
+    homes: dict[Key, Home] = field(default_factory=dict)
+    made: dict[Site, Home] = field(default_factory=dict)
+    lazy: dict[Key, Lazy] = field(default_factory=dict)
+    wanted: dict[Key, list[tuple[Home, Site | None]]] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    scopes: dict[Path, Scope] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    first: dict[Key, int] = field(default_factory=dict)
+    uses: dict[Key, list[tuple[int, Phase]]] = field(default_factory=dict)
+    ticks: int = 0
+    carried: dict[Key, Key] = field(default_factory=dict)
+
+    def node(self, name: str, choices: int, like: Hashable, parents: frozenset[int] = frozenset()) -> int:
+        """Adds a node; returns its number."""
+        self.nodes.append(Node(name, choices, like, np.zeros(choices), parents))
+        return len(self.nodes) - 1
+
+    def value(self, key: Key) -> Value:
+        """Returns the value of a key."""
+        return self.scopes[key[0]].values[key[1]]

@@ -1,0 +1,286 @@
+"""The room's front: the best plan of a region, and a few of them from fastest to leanest."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from autopar.core.errors import BadInput, DoesNotFit, PlanError
+from autopar.core.graph import Graph, Phase, Value
+from autopar.core.mesh import Mesh
+from autopar.core.plan import Memory, ShardingPlan
+from autopar.core.spec import Spec, text
+from autopar.sharding.alike import share
+from autopar.sharding.assemble import Costs, assemble
+from autopar.sharding.build import Builder
+from autopar.sharding.copies import share_reads
+from autopar.sharding.grid import Grid, grid_of
+from autopar.sharding.memory import Item, last_microbatch_tick, totals, usage
+from autopar.sharding.model import Model
+from autopar.sharding.options import Options
+from autopar.sharding.region import Region, extract, region_key
+from autopar.sharding.result import Reader, loops, specs_of, triples
+from autopar.sharding.solving import Solved, least_peak, minimise
+
+DEEP = 150
+"""Nodes from which on like parts share a decision."""
+
+PRICES = (0.0, 1e-12, 1e-11, 1e-10)
+"""Seconds per byte: a gigabyte saved may cost nothing, 1, 10, 100 ms a step."""
+
+LEAN = 1e-6
+"""Seconds per byte at which memory is all that counts."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A region on a mesh, with its choice model: all that the solver's runs for different prices share."""
+
+    region: Region
+    mesh: Mesh
+    grid: Grid
+    options: Options
+    model: Model
+    items: tuple[Item, ...]
+    builder: Builder
+
+    def nbytes(self, value: Value) -> int:
+        return self.builder.nbytes(value)
+
+    def costs(self, price: float) -> Costs:
+        """Returns the costs at a price of memory, like parts merged where that is worth it."""
+        costs = assemble(self.model, self.grid, self.nbytes, self.items, price)
+        return share(costs) if self.options.share and len(costs.nodes) > DEEP else costs
+
+    @property
+    def turn(self) -> int:
+        return last_microbatch_tick(self.region, self.model)
+
+    def memory(self, chosen: Sequence[int]) -> Memory:
+        """Returns the memory a choice takes."""
+        limit = limit_of(self.options, self.mesh)
+        return totals(self.items, chosen, self.turn, self.options.in_flight, limit)
+
+
+def limit_of(options: Options, mesh: Mesh) -> int:
+    """Returns the bytes a device may use."""
+    return mesh.device.memory if options.limit is None else options.limit
+
+
+def plan(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options = Options()) -> ShardingPlan:  # noqa: B008
+    """Returns the cheapest way to shard some equations over a mesh that keeps every device within its memory.
+
+    Args:
+        graph: the step. equations: indices of the region, one stage or the whole graph. mesh: the devices.
+        options: limits and prices.
+
+    Raises:
+        DoesNotFit: no plan keeps within the limit; says how much is missing and which tensors are the biggest.
+        PlanError: a pinned layout cannot be kept.
+        BadInput: options that make no sense.
+    """
+    region = extract(graph, equations)
+    setting = prepare(region, mesh, _canonical(options, region))
+    return relabel(_solve(setting), region)
+
+
+def offers(
+    graph: Graph,
+    equations: Iterable[int],
+    mesh: Mesh,
+    options: Options = Options(),  # noqa: B008
+    prices: Sequence[float] = PRICES,
+) -> tuple[ShardingPlan, ...]:
+    """Returns a few plans of one region, from fastest to leanest: one per price of memory, without dominated ones.
+
+    Regions with equal signatures (equal layers) share the work. A limit holds only when `options.limit` is set.
+
+    Args:
+        prices: seconds per byte of state and residuals.
+    """
+    region = extract(graph, equations)
+    plain = replace(region, ids=(), indices=(), values=tuple(replace(v, name="") for v in region.values))
+    found = _offers(_Keyed(region_key(region), plain), mesh, _canonical(options, region), tuple(prices))
+    return tuple(relabel(each, region) for each in found)
+
+
+@dataclass(frozen=True)
+class _Keyed:
+    """A region that is compared by its key only."""
+
+    key: str
+    region: Region
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Keyed) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@functools.lru_cache(maxsize=4096)
+def _offers(
+    keyed: _Keyed, mesh: Mesh, options: Options, prices: tuple[float, ...]
+) -> tuple[ShardingPlan, ...]:
+    setting = prepare(keyed.region, mesh, options)
+    found = [_solve(setting, price, limited=options.limit is not None) for price in sorted({*prices})]
+    found.sort(key=lambda p: (step_seconds(p, keyed.region.microbatches), p.memory.peak))
+    front: list[ShardingPlan] = []
+    for each in found:
+        if not front or each.memory.peak < front[-1].memory.peak:
+            front.append(each)
+    return tuple(front)
+
+
+def step_seconds(plan: ShardingPlan, microbatches: int) -> float:
+    """Returns the seconds of one step: every micro-batch forward and backward, then the update."""
+    return microbatches * (plan.forward + plan.backward) + plan.apply
+
+
+def prepare(region: Region, mesh: Mesh, options: Options) -> Setting:
+    """Returns the choice model of a region (ids in `options.pinned` are the region's)."""
+    check_options(options)
+    grid = grid_of(mesh)
+    builder = Builder(region, grid, mesh.device, options)
+    model = builder.build()
+    share_reads(model, grid)
+    _pin(model, region, grid, options)
+    items = usage(region, model, grid, builder.nbytes, options.in_flight)
+    return Setting(region, mesh, grid, options, model, items, builder)
+
+
+def check_options(options: Options) -> None:
+    """Raises BadInput for numbers that make no sense."""
+    if options.in_flight < 1:
+        raise BadInput(f"in_flight must be at least 1 micro-batch, got {options.in_flight}")
+    if not 0 <= options.memory_price < math.inf:
+        raise BadInput(f"memory_price must be a number of seconds per byte ≥ 0, got {options.memory_price}")
+    if options.limit is not None and options.limit <= 0:
+        raise BadInput(f"limit must be a positive number of bytes, got {options.limit}")
+
+
+def _canonical(options: Options, region: Region) -> Options:
+    """Returns the options with pins in the region's ids; pins of values elsewhere drop out."""
+    number = {v: i for i, v in enumerate(region.ids)}
+    pinned = tuple((number[v], spec) for v, spec in options.pinned if v in number)
+    return replace(options, pinned=pinned)
+
+
+def _pin(model: Model, region: Region, grid: Grid, options: Options) -> None:
+    """Forbids every choice that contradicts a pinned layout."""
+    for v, spec in options.pinned:
+        home = model.homes.get(((), v))
+        if home is None:
+            continue
+        layout = grid.layout(spec)
+        wrong = [x != layout for x in home.layouts]
+        if all(wrong):
+            value = region.values[v]
+            raise PlanError(
+                f"{value.name or 'a value'} {value} cannot be kept as {text(spec)}: an axis does not divide its dim, or "
+                "the operation that makes it cannot give that layout; choose axes that divide the dims"
+            )
+        model.nodes[home.node].cost[wrong] = math.inf
+
+
+def _solve(setting: Setting, price: float | None = None, limited: bool = True) -> ShardingPlan:
+    options = setting.options
+    price = options.memory_price if price is None else price
+    costs = setting.costs(price)
+    limit = limit_of(options, setting.mesh) if limited else None
+    solved = minimise(costs, limit, options.seconds, options.gap)
+    if solved.chosen is None:
+        solved = _leanest(setting, limit, solved)
+    return _finish(setting, solved, price)
+
+
+def _leanest(setting: Setting, limit: int | None, failed: Solved) -> Solved:
+    """Returns the leanest plan if that fits after all; explains what is missing otherwise."""
+    costs = assemble(
+        setting.model,
+        setting.grid,
+        setting.nbytes,
+        tuple(replace(item, role="state") for item in setting.items),
+        LEAN,
+    )
+    lean = minimise(costs, None, setting.options.seconds, setting.options.gap)
+    if lean.chosen is None:
+        raise PlanError(
+            "the pinned layouts contradict each other: no choice satisfies all of them; "
+            "leave one of them out to see which"
+        )
+    memory = setting.memory(lean.chosen)
+    if limit is None or (failed.status != "infeasible" and memory.peak <= limit):
+        return replace(lean, bound=-math.inf, status="feasible")
+    least = least_peak(setting.costs(0.0))
+    missing = least - limit if least > limit else max(1, memory.peak - limit)
+    raise DoesNotFit(
+        f"{setting.mesh} has {gigabytes(limit)} per device, but the plan that needs least takes {gigabytes(memory.peak)} "
+        f"(state {gigabytes(memory.state)}, activations {gigabytes(memory.activations)} × {memory.in_flight} in flight, "
+        f"workspace {gigabytes(memory.workspace)}); at least {gigabytes(missing)} are missing. Biggest per device: "
+        f"{biggest(setting, lean.chosen)}. Use more devices, smaller micro-batches or fewer of them in flight",
+        missing,
+    )
+
+
+def gigabytes(nbytes: float) -> str:
+    """Returns bytes for people."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.2f} {name}"
+    return f"{nbytes:.0f} bytes"
+
+
+def biggest(setting: Setting, chosen: Sequence[int], count: int = 3) -> str:
+    """Returns the tensors that take most of a device, for people."""
+    items = sorted(setting.items, key=lambda item: -int(item.nbytes[chosen[item.node]]))
+    words: list[str] = []
+    for item in items[:count]:
+        value = setting.model.value(item.key)
+        words.append(f"{value.name or item.role} {value} {gigabytes(int(item.nbytes[chosen[item.node]]))}")
+    return ", ".join(words)
+
+
+def _finish(setting: Setting, solved: Solved, price: float) -> ShardingPlan:
+    """Returns the plan of a choice, in the region's ids."""
+    assert solved.chosen is not None
+    region, model, grid, options = setting.region, setting.model, setting.grid, setting.options
+    out = Reader(region, model, grid, setting.nbytes, solved.chosen).read()
+    micro = max(1, region.microbatches)
+    total = sum(out.seconds.values()) if price == 0 else solved.objective
+    return ShardingPlan(
+        mesh=setting.mesh,
+        specs=specs_of(out, grid, ()),
+        uses=triples(out.uses, grid, ()),
+        partials=triples(out.partials, grid, ()),
+        forward=out.seconds[Phase.FORWARD] / micro,
+        backward=out.seconds[Phase.BACKWARD] / micro,
+        apply=out.seconds[Phase.APPLY],
+        memory=setting.memory(solved.chosen),
+        collectives=tuple(out.collectives),
+        objective=total,
+        bound=max(0.0, min(solved.bound, total)),
+        status=solved.status,
+        notes=tuple(model.notes),
+        dtypes=options.dtypes,
+        products=options.products,
+        loops=loops(out, model, grid),
+    )
+
+
+def relabel(plan: ShardingPlan, region: Region) -> ShardingPlan:
+    """Returns a plan in the region's ids with those of the graph."""
+
+    def sites(found: tuple[tuple[int, int, Spec], ...]) -> tuple[tuple[int, int, Spec], ...]:
+        return tuple((region.indices[i], k, spec) for i, k, spec in found)
+
+    return replace(
+        plan,
+        specs=tuple(sorted((region.ids[v], spec) for v, spec in plan.specs)),
+        uses=sites(plan.uses),
+        partials=sites(plan.partials),
+        collectives=tuple(replace(c, value=region.ids[c.value]) for c in plan.collectives),
+        loops=tuple(replace(x, equation=region.indices[x.equation]) for x in plan.loops),
+    )

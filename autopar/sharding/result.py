@@ -1,0 +1,168 @@
+"""From a choice per node to a plan: layouts of all values, and what the compiled program will do and take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from autopar.core.graph import Phase, Value
+from autopar.core.plan import Collective, LoopLayouts
+from autopar.core.spec import Spec
+from autopar.sharding.cost import SLICE, collective
+from autopar.sharding.grid import Grid, Layout
+from autopar.sharding.model import Home, Key, Lazy, Model, Path
+from autopar.sharding.region import Region
+from autopar.sharding.resharding import table_for
+from autopar.sharding.strategies import lead
+
+Triples = tuple[tuple[int, int, Spec], ...]
+
+
+@dataclass
+class Outcome:
+    """What a choice means. seconds: per phase, for a whole step."""
+
+    layouts: dict[Key, Layout] = field(default_factory=dict)
+    uses: dict[tuple[Path, int, int], Layout] = field(default_factory=dict)
+    partials: dict[tuple[Path, int, int], Layout] = field(default_factory=dict)
+    collectives: list[Collective] = field(default_factory=list)
+    seconds: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(Phase, 0.0))
+
+
+class Reader:
+    """Reads a model at a choice per node."""
+
+    def __init__(
+        self,
+        region: Region,
+        model: Model,
+        grid: Grid,
+        nbytes: Callable[[Value], int],
+        chosen: Sequence[int],
+    ):
+        self.region, self.model, self.grid, self.nbytes, self.chosen = region, model, grid, nbytes, chosen
+        self.out = Outcome()
+        self.moved: set[tuple[Key, Layout, Phase]] = set()
+
+    def at(self, home: Home) -> Layout:
+        """Returns the layout a home has under the choice."""
+        return home.layouts[self.chosen[home.node]]
+
+    def read(self) -> Outcome:
+        """Returns what the choice means."""
+        self.out.layouts = {key: self.at(home) for key, home in self.model.homes.items()}
+        for key in self.model.lazy:
+            wanted = self.model.wanted.get(key)
+            rank = len(self.model.value(key).shape)
+            self.out.layouts[key] = self.at(wanted[0][0]) if wanted else ((),) * rank
+        for site, home in self.model.made.items():
+            path, i, j = site
+            key = path, self.model.scopes[path].equations[i].outputs[j]
+            if self.at(home) != self.out.layouts[key]:
+                self.out.partials[site] = self.at(home)
+        self._steps()
+        self._reads()
+        self._lazies()
+        return self.out
+
+    def _steps(self) -> None:
+        for step in self.model.steps:
+            way = step.ways[self.chosen[step.node]]
+            self.out.seconds[step.phase] += way.seconds * step.times
+            for t in way.traffic:
+                value = self._outer((step.path, step.equation.outputs[t.result]))
+                self._add(t.kind, t.axes, t.nbytes, t.seconds, step.times, value, step.phase)
+
+    def _reads(self) -> None:
+        for read in self.model.reads:
+            if read.lazy or read.copy:
+                continue
+            want = self.at(read.target)
+            have = self.at(read.source) if read.tie else self.out.layouts[read.key]
+            if read.site is not None and not read.tie and want != have:
+                self.out.uses[read.site] = want
+            self._move(read.key, have, want, read.phase, read.times)
+
+    def _lazies(self) -> None:
+        """Lazy values are made in their first reader's layout and moved to the others'."""
+        for key, lazy in self.model.lazy.items():
+            have = self.out.layouts[key]
+            phase, times = self._rhythm(lazy)
+            for target, site in self.model.wanted.get(key, ()):
+                want = self.at(target)
+                if site is not None and want != have:
+                    self.out.uses[site] = want
+                    self._move(key, have, want, phase, times)
+            if lazy.op is None or lazy.position:
+                continue
+            way = lead(lazy.op, lazy.position, have, self.grid)
+            if way.results[lazy.position] != have:
+                self.out.partials[lazy.path, lazy.index, lazy.position] = way.results[lazy.position]
+            for k, origin in lazy.sources:
+                want = way.operands[k]
+                if want is not None and want != self.out.layouts[origin]:
+                    self.out.uses[lazy.path, lazy.index, k] = want
+                    self._move(origin, self.out.layouts[origin], want, phase, times)
+
+    def _rhythm(self, lazy: Lazy) -> tuple[Phase, int]:
+        scope = self.model.scopes[lazy.path]
+        phase = scope.phase or scope.equations[lazy.index].phase
+        return phase, self.region.times(phase) * scope.trips
+
+    def _move(self, key: Key, have: Layout, want: Layout, phase: Phase, times: int) -> None:
+        """Counts a change of layout, the first time it happens in a phase."""
+        if have == want or (key, want, phase) in self.moved:
+            return
+        self.moved.add((key, want, phase))
+        value = self.model.value(key)
+        size = self.nbytes(value)
+        for move in table_for(value.shape, self.grid).chain(have, want):
+            if move.kind != SLICE and size:
+                price = collective(self.grid, move.kind, move.axes)
+                local = size * move.share
+                seconds = price.seconds(local)
+                self._add(move.kind, move.axes, price.wire * local, seconds, times, self._outer(key), phase)
+
+    def _add(
+        self,
+        kind: str,
+        axes: tuple[int, ...],
+        wire: float,
+        seconds: float,
+        count: int,
+        value: int,
+        phase: Phase,
+    ) -> None:
+        names = tuple(self.grid.names[a] for a in axes)
+        self.out.collectives.append(Collective(kind, names, round(wire), seconds, count, value, phase))
+        self.out.seconds[phase] += seconds * count
+
+    def _outer(self, key: Key) -> int:
+        """Returns the value's id in the region; for a value inside a loop, that of the loop's first result."""
+        path, v = key
+        return v if not path else self.region.equations[path[0]].outputs[0]
+
+
+def loops(out: Outcome, model: Model, grid: Grid, path: Path = ()) -> tuple[LoopLayouts, ...]:
+    """Returns the layouts inside the loops of a scope."""
+    inner = sorted(p for p in model.scopes if len(p) == len(path) + 1 and p[: len(path)] == path)
+    return tuple(
+        LoopLayouts(
+            p[-1],
+            specs_of(out, grid, p),
+            triples(out.uses, grid, p),
+            triples(out.partials, grid, p),
+            loops(out, model, grid, p),
+        )
+        for p in inner
+    )
+
+
+def specs_of(out: Outcome, grid: Grid, path: Path) -> tuple[tuple[int, Spec], ...]:
+    """Returns (value id, layout) of a scope's tensors, by id."""
+    return tuple(sorted((v, grid.spec(x)) for (p, v), x in out.layouts.items() if p == path))
+
+
+def triples(found: dict[tuple[Path, int, int], Layout], grid: Grid, path: Path) -> Triples:
+    """Returns (equation, position, layout) of a scope, in order."""
+    return tuple(sorted((i, k, grid.spec(x)) for (p, i, k), x in found.items() if p == path))

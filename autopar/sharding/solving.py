@@ -1,0 +1,82 @@
+"""Solves the costs as a choice problem of integers, and explains when nothing fits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from autopar.sharding.assemble import Costs, Floats
+from autopar_solver import FORBIDDEN, ChoiceProblem, solve
+
+PICOSECOND = 1e-12
+LARGEST_SUM = 2.0**56
+"""All costs of a problem together stay below the solver's limit, or the unit is made coarser."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """chosen: a choice per node of the model, or None. objective, bound: seconds. status: as the solver says."""
+
+    chosen: tuple[int, ...] | None
+    objective: float
+    bound: float
+    status: str
+
+
+def minimise(costs: Costs, limit: int | None, seconds: float, gap: float) -> Solved:
+    """Returns the best choice per node within `limit` bytes at every tick (None: no limit)."""
+    unit = unit_of(costs)
+    edges = [(pair, matrix) for pair, matrix in costs.edges.items() if matrix.any()]
+    problem = ChoiceProblem.build(
+        [_ints(node, unit) for node in costs.nodes],
+        [pair for pair, _ in edges],
+        [_ints(matrix, unit) for _, matrix in edges],
+        None if limit is None else usage_of(costs),
+        limit,
+    )
+    found = solve(problem, seconds=seconds, gap=gap, workers=1)
+    if found.index is None or found.objective is None:
+        return Solved(None, math.inf, math.inf, found.status)
+    chosen = tuple(int(found.index[c]) for c in costs.classes)
+    bound = -math.inf if found.bound is None else found.bound * unit
+    return Solved(chosen, found.objective * unit, bound, found.status)
+
+
+def unit_of(costs: Costs) -> float:
+    """Returns the seconds of one unit of cost: a picosecond, or more when the sums would overflow."""
+    total = sum(float(x[np.isfinite(x)].sum()) for x in [*costs.nodes, *costs.edges.values()])
+    unit = PICOSECOND
+    while total / unit > LARGEST_SUM:
+        unit *= 10
+    return unit
+
+
+def usage_of(costs: Costs) -> list[list[tuple[int, int, npt.NDArray[np.int64]]]]:
+    """Returns per node its usage items, those of one interval added up."""
+    grouped: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
+    for item in costs.items:
+        key = item.node, item.start, item.stop
+        grouped[key] = grouped[key] + item.nbytes if key in grouped else item.nbytes
+    usage: list[list[tuple[int, int, npt.NDArray[np.int64]]]] = [[] for _ in costs.nodes]
+    for (node, start, stop), nbytes in grouped.items():
+        usage[node].append((start, stop, nbytes))
+    return usage
+
+
+def least_peak(costs: Costs) -> int:
+    """Returns bytes that no choice can stay below: every item at its smallest."""
+    horizon = max((item.stop for item in costs.items), default=0)
+    steps = np.zeros(horizon + 1, dtype=np.int64)
+    for item in costs.items:
+        least = int(item.nbytes.min())
+        steps[item.start] += least
+        steps[item.stop] -= least
+    return int(np.cumsum(steps).max(initial=0))
+
+
+def _ints(x: Floats, unit: float) -> npt.NDArray[np.int64]:
+    scaled = np.where(np.isfinite(x), np.rint(np.where(np.isfinite(x), x, 0) / unit), FORBIDDEN)
+    return scaled.astype(np.int64)
