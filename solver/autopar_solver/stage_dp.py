@@ -83,6 +83,7 @@ FINALS = 64
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 Progress = Callable[[float, float, float, float], None]
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,8 @@ class _Box:
     """An interval of the slowest stage's time and of the largest fixed cost, and the arcs that may be used in it."""
 
     bound: float
-    slow: tuple[float, float]
-    extra: tuple[float, float]
+    slow: Interval
+    extra: Interval
     arcs: Arcs
     prices: Prices | None = None
     cap: int = FIRST_CAP
@@ -265,27 +266,32 @@ class _Search:
 
     def _tighten(self, box: _Box) -> _Box:
         """The box with new prices and bound, without the arcs that no plan below the cut can use."""
+        box = self._snap(box)
+        if box.bound >= self.cut:
+            return box
+        box = self._priced(box, 40 if box.prices is None else 8)
+        if box.bound >= self.cut:
+            return box
+        keep = self._through(box) < self.cut
+        if keep.sum() > 0.9 * len(keep):
+            return box
+        if not keep.any():
+            return replace(box, bound=math.inf)
+        box = self._snap(replace(box, arcs=box.arcs.where(keep)))
+        return box if box.bound >= self.cut else self._priced(box, 4)
+
+    def _priced(self, box: _Box, rounds: int) -> _Box:
+        """The box with new prices and the bound they give."""
         least = self._least(box)
-        rounds = 40 if box.prices is None else 8
         prices = price_devices(self.problem, box.arcs, self.ceiling, box.prices, rounds, self.cut - least)
         for path in prices.paths:
             self._offer(box.arcs, path)
-        bound = max(box.bound, prices.bound + least)
-        if bound >= self.cut:
-            return replace(box, bound=bound, prices=prices)
-        through = self._through(box, prices)
-        keep = through < self.cut
-        if keep.sum() > 0.9 * len(keep):
-            return replace(box, bound=bound, prices=prices)
-        arcs = box.arcs.where(keep)
-        if not len(arcs):
-            return replace(box, bound=math.inf, arcs=arcs)
-        prices = price_devices(self.problem, arcs, self.ceiling, prices, 4, self.cut - least)
-        return replace(box, bound=max(bound, prices.bound + least), arcs=arcs, prices=prices)
+        return replace(box, bound=max(box.bound, prices.bound + least), prices=prices)
 
-    def _through(self, box: _Box, prices: Prices) -> Array:
+    def _through(self, box: _Box) -> Array:
         """For every arc of a box, a bound on the plans that use it."""
-        arcs = box.arcs
+        arcs, prices = box.arcs, box.prices
+        assert prices is not None
         total = self.weights.total
         transfer = self.problem.transfer if total else np.where(np.isinf(self.problem.transfer), np.inf, 0.0)
         row, before = prices.rows[-1], prices.before[-1]
@@ -320,20 +326,34 @@ class _Search:
             self._offer(arcs, path[path >= 0])
         return float(dropped)
 
+    def _snap(self, box: _Box) -> _Box:
+        """The box with its intervals drawn in to values its arcs can take; its bound is inf if there are none.
+
+        A plan whose slowest stage lies below the interval belongs to another box, so values inside are all that count.
+        """
+        slow, extra = box.slow, box.extra
+        if self.weights.slowest:
+            slow = _drawn_in(self._slow_values(box.arcs), slow)
+        if self.weights.fixed:
+            extra = _drawn_in(box.arcs.extra, extra)
+        if slow is None or extra is None:
+            return replace(box, bound=math.inf)
+        return replace(box, slow=slow, extra=extra)
+
     def _split(self, box: _Box) -> tuple[_Box, ...]:
         """Two boxes that cover this one, cut where the objective gains most; none if it is a single point."""
         slow_gain = self.weights.slowest * (box.slow[1] - box.slow[0])
         extra_gain = self.weights.fixed * (box.extra[1] - box.extra[0])
-        if max(slow_gain, extra_gain) <= TOLERANCE * self.objective_or_ceiling:
+        if max(slow_gain, extra_gain) == 0:
             return ()
         arcs = box.arcs
         if slow_gain >= extra_gain:
-            low, high = self._halves(self._slow_values(arcs), *box.slow)
-            return tuple(self._part(box, part, box.extra, arcs.slow <= part[1]) for part in (low, high))
-        low, high = self._halves(arcs.extra, *box.extra)
-        return tuple(self._part(box, box.slow, part, arcs.extra <= part[1]) for part in (low, high))
+            parts = _halves(self._slow_values(arcs), box.slow)
+            return tuple(self._part(box, part, box.extra, arcs.slow <= part[1]) for part in parts)
+        parts = _halves(arcs.extra, box.extra)
+        return tuple(self._part(box, box.slow, part, arcs.extra <= part[1]) for part in parts)
 
-    def _part(self, box: _Box, slow: tuple[float, float], extra: tuple[float, float], keep: Bools) -> _Box:
+    def _part(self, box: _Box, slow: Interval, extra: Interval, keep: Bools) -> _Box:
         assert box.prices is not None
         part = replace(box, slow=slow, extra=extra, arcs=box.arcs.where(keep))
         return replace(part, bound=max(box.bound, box.prices.bound + self._least(part)))
@@ -345,16 +365,6 @@ class _Search:
         inner = arcs.stop < arcs.layers
         moved = self.problem.transfer[arcs.stop[inner], arcs.kind[inner]]
         return np.concatenate([arcs.seconds, (arcs.seconds[inner][:, None] + moved).ravel()])
-
-    @staticmethod
-    def _halves(values: Array, low: float, high: float) -> tuple[tuple[float, float], tuple[float, float]]:
-        """An interval cut at the median of the values in it (values outside are of no interest)."""
-        inside = np.unique(values[(values >= low) & (values <= high)])
-        if len(inside) < 2:
-            middle = inside[0] if len(inside) else low
-            return (low, float(middle)), (high, high)
-        half = len(inside) // 2
-        return (low, float(inside[half - 1])), (float(inside[half]), high)
 
     # -- plans, bounds, time --------------------------------------------------------------------------------------
 
@@ -384,7 +394,7 @@ class _Search:
         return 2 * sum(w * x for w, x in zip(self.weights, terms)) + 1e-9
 
     @staticmethod
-    def _range(values: Array, weight: float) -> tuple[float, float]:
+    def _range(values: Array, weight: float) -> Interval:
         """The interval of a term, a point above all values where the term has no weight."""
         top = float(values.max())
         return (float(values.min()), math.inf) if weight else (top, top)
@@ -438,6 +448,20 @@ class _Search:
         return StageSolution(
             self.best.stages, self.objective, bound, gap, self.best.slowest, others, took, status
         )
+
+
+def _drawn_in(values: Array, interval: Interval) -> Interval | None:
+    """The least and most of the values in an interval, None if there are none."""
+    inside = values[(values >= interval[0]) & (values <= interval[1])]
+    return (float(inside.min()), float(inside.max())) if len(inside) else None
+
+
+def _halves(values: Array, interval: Interval) -> tuple[Interval, Interval]:
+    """An interval, whose ends are among the values, cut at the median of the distinct values in it."""
+    inside = np.unique(values[(values >= interval[0]) & (values <= interval[1])])
+    assert len(inside) >= 2
+    half = len(inside) // 2
+    return (interval[0], float(inside[half - 1])), (float(inside[half]), interval[1])
 
 
 def _unlike(plans: list[StagePlan], count: int) -> tuple[StagePlan, ...]:
