@@ -12,7 +12,7 @@ from autopar.sharding.model import Home, Key, Lazy, Model, Read, Scope, Site, St
 from autopar.sharding.options import Options
 from autopar.sharding.region import Region
 from autopar.sharding.resharding import table_for
-from autopar.sharding.strategies import Op, Strategy, Tensor, enumerate_strategies, follow, lead
+from autopar.sharding.strategies import Op, Strategy, Tensor, enumerate_strategies, follow, kind_of, lead
 
 EXPANSION = 4
 """An elementwise result at least this many times its sources is computed where it is read, in the reader's layout."""
@@ -106,7 +106,7 @@ class Builder:
         if e.rule.notes:
             self.note(e, f"no rule for {', '.join(e.rule.notes)}: the dims it touches stay whole")
         op = self.op_of(scope, e)
-        if e.kind in ELEMENTWISE and (not homed or self.expands(op, homed)):
+        if op.kind in ELEMENTWISE and (not homed or self.expands(op, homed)):
             self.postpone(scope, i, e, op, tuple(tensors))
             return
         leader = self.leader(scope, e, op, homed)
@@ -128,7 +128,7 @@ class Builder:
         )
         outputs = [scope.values[v] for v in e.outputs]
         results = tuple(Tensor(v.shape, self.nbytes(v)) for v in outputs)
-        return Op(e.rule, e.kind, e.flops, rate, self.device.bandwidth, operands, results)
+        return Op(e.rule, kind_of(e), e.flops, rate, self.device.bandwidth, operands, results)
 
     def expands(self, op: Op, homed: Sequence[tuple[int, Key]]) -> bool:
         """Returns whether the results are much larger than all that they are made of."""
@@ -146,10 +146,11 @@ class Builder:
         if not nodes:
             return None
         written = sum(t.nbytes for t in op.results)
-        if e.kind is OpKind.MEMORY:
+        if op.kind is OpKind.MEMORY:
+            free = not op.rule.fixed and not op.rule.reductions
             shrinks = bool(op.rule.reductions) and MINOR * written <= max(size.values())
-            return next(iter(nodes.values())) if len(nodes) == 1 and shrinks else None
-        if e.kind not in ELEMENTWISE:
+            return next(iter(nodes.values())) if len(nodes) == 1 and (free or shrinks) else None
+        if op.kind not in ELEMENTWISE:
             return None
         if len(nodes) == 1:
             return next(iter(nodes.values()))
@@ -183,7 +184,9 @@ class Builder:
         """Gives an equation a node of its own."""
         ways = enumerate_strategies(op, self.grid)
         parents = frozenset(self.model.homes[key].node for _, key in tensors if key in self.model.homes)
-        node = self.model.node(e.op, len(ways), ("op", op), parents if e.kind in ELEMENTWISE else frozenset())
+        node = self.model.node(
+            e.op, len(ways), ("op", op), parents if op.kind in ELEMENTWISE else frozenset()
+        )
         self.run(scope, i, e, node, ways, tensors)
 
     def opaque(self, scope: Scope, i: int, e: Equation, tensors: list[tuple[int, Key]]) -> None:

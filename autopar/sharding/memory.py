@@ -19,6 +19,7 @@ from autopar.core.plan import Memory
 from autopar.sharding.grid import Grid
 from autopar.sharding.model import Home, Key, Model
 from autopar.sharding.region import Region
+from autopar.sharding.strategies import kind_of
 
 STATE, RESIDUAL, PASSING = "state", "residual", "passing"
 
@@ -110,7 +111,7 @@ class Spans:
             scope = model.scopes[step.path]
             for v in step.equation.outputs:
                 self.made[step.path, v] = step.phase
-            if step.equation.kind not in (OpKind.FUSED, OpKind.VIEW):
+            if kind_of(step.equation) not in (OpKind.FUSED, OpKind.VIEW):
                 continue
             for v in step.equation.outputs:
                 size = self.nbytes(scope.values[v])

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from autopar.core.graph import Dims, OpKind, Rule
+from autopar.core.graph import Dims, Equation, OpKind, Rule
 from autopar.sharding.cost import ALL_REDUCE, REDUCE_SCATTER, collective, compute
 from autopar.sharding.grid import Grid, Layout
 
@@ -70,6 +70,20 @@ class Strategy:
     def total(self) -> float:
         """Seconds of computation and communication."""
         return self.seconds + sum(t.seconds for t in self.traffic)
+
+
+def kind_of(equation: Equation) -> OpKind:
+    """Returns what an equation costs; elementwise also where an operand is broadcast along dims of size 1."""
+    rule = equation.rule
+    if equation.kind is not OpKind.MEMORY or rule is None or rule.fixed or rule.reductions:
+        return equation.kind
+    dims = rule.results[0] if rule.results else ()
+    tensors = [t for t in rule.operands if t]
+    if any(t != dims for t in rule.results) or not tensors or all(t == dims for t in tensors):
+        return equation.kind
+    if all(len(t) == len(dims) and all(a in ((), b) for a, b in zip(t, dims, strict=True)) for t in tensors):
+        return OpKind.FUSED
+    return equation.kind
 
 
 def place(dims: Dims, axes: Assignment, sizes: Sequence[int], grid: Grid) -> Layout | None:
