@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 
 ROOT = -1
+ROUND_OFF = 1e-12  # of the priced devices; float64 sums of a few hundred terms err by less
 
 
 @njit(cache=True)
@@ -220,7 +221,7 @@ def label_pass(
     owed = np.zeros((room, rows))  # per label and row: cost + prices * (devices used - available)
     for m in range(rows):
         for k in range(kinds):
-            owed[0, m] -= prices[m, k] * available[k]
+            owed[0, m] -= prices[m, k] * available[k] * (1 + ROUND_OFF)
     new_room = 4096
     new_value = np.empty((new_room, 5))  # cost, slowest, fixed, bound, rank
     new_whole = np.empty((new_room, kinds + 1), np.int32)

@@ -16,10 +16,15 @@ import highspy
 import numpy as np
 
 from autopar_solver import stage_dp_kernels as kernels
-from autopar_solver.stage_dp_arcs import Arcs
+from autopar_solver.stage_dp_arcs import Arcs, Ints
 from autopar_solver.stage_dp_problem import Array, StageProblem
 
 INWARD = 0.5  # how far towards the best prices so far a proposal is drawn
+
+
+def priced_devices(prices: Array, available: Array | Ints) -> float:
+    """prices * available, a little more than it is, so that what it is taken from stays a lower bound despite round-off."""
+    return float(prices @ available) * (1 + kernels.ROUND_OFF)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +88,7 @@ class _Kelley:
         self.paths: list[Any] = []
         # Where the objective has no sum to trade devices against, prices have no natural scale: their sum is fixed, so
         # high that a plan one device over costs more than any plan of interest.
-        self.sum = 0.0 if total else 2 * ceiling * max(1.0, float(self.available.max()))
+        self.sum = 0.0 if total else 1000 * ceiling * max(1.0, float(self.available.max()))
         self.evaluate(np.zeros(len(self.available)))
         if self.sum:
             self.evaluate(self.sum / len(self.available) / np.maximum(self.available, 1.0))
@@ -102,7 +107,7 @@ class _Kelley:
         before, whole, path = kernels.prefix_bounds(
             self.flat, self.cost, self.transfer, prices, self.arcs.positions
         )
-        value = float(whole - prices @ self.available)
+        value = float(whole) - priced_devices(prices, self.available)
         self.tried.append((value, prices, before))
         if np.isfinite(whole):
             used = np.bincount(self.arcs.kind[path], self.arcs.devices[path], len(prices))
