@@ -148,7 +148,7 @@ class Spans:
     def _cross(self, key: Key, root: Key) -> None:
         """Marks what a backward use of a forward value holds: separate programs hand over the value itself."""
         if self.split and key != root and self.made.get(key) is Phase.FORWARD:
-            del self.folded[key]
+            self.folded.pop(key, None)
             self.last[key] = max(tick for tick, _ in self.model.uses[key])
             self.crossing.add(key)
         else:
