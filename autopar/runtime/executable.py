@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from autopar.core.errors import BadInput
 from autopar.core.plan import Plan
 from autopar.core.program import Program
 from autopar.core.timeline import Timeline
@@ -12,6 +13,7 @@ from autopar.runtime.array import Generation
 from autopar.runtime.backend import Backend, Session, StageMemory
 from autopar.runtime.feeds import Feeder
 from autopar.runtime.results import Results, positions_of
+from autopar.runtime.signature import Signature
 from autopar.runtime.state import State
 
 Array = Any
@@ -48,7 +50,7 @@ class Executable:
         self.plan, self.program, self.traced, self.session = plan, program, traced, session
         self.steps = 0
         self._generation, self._timeline = Generation(), Timeline((), ())
-        leaves = traced.leaves
+        self._signature, leaves = Signature(traced), traced.leaves
         self._batch = [k for k, leaf in enumerate(leaves) if leaf.batch]
         self._kept = [k for k, leaf in enumerate(leaves) if not leaf.batch]
         self._feeder = Feeder([leaves[k] for k in self._batch], program)
@@ -56,7 +58,7 @@ class Executable:
         sizes = {v: value.shape for v, value in enumerate(traced.graph.values)}
         kept = [leaves[k] for k in self._kept]
         self._state = State(kept, replacements(traced, kept), program, session, sizes, donate)
-        self._load_constants()
+        self._ready = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the step's results in the function's own tree.
@@ -73,22 +75,25 @@ class Executable:
         return self._step(args, kwargs, measured=True)
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any], measured: bool) -> Any:
-        leaves = self._flatten(args, kwargs)
+        leaves = self._signature.flatten(args, kwargs)
         feeds = self._feeder([leaves[k] for k in self._batch])
-        self._state.update([leaves[k] for k in self._kept])
-        self.steps += 1
-        self._generation.consumed, self._generation = self.steps, Generation()
         try:
+            self._prepare([leaves[k] for k in self._kept])
+            self.steps += 1
+            self._generation.consumed, self._generation = self.steps, Generation()
             if measured:
                 self._timeline = self.session.measure(feeds)
             else:
                 self.session.step(feeds)
             results = self._results(self._generation)
+        except BadInput:
+            raise
         except BaseException:
             self._state.forget()
+            self._ready = False
             raise
         self._state.renew(results)
-        return self._unflatten(results)
+        return self._signature.unflatten(results)
 
     # -- what a plan became
 
@@ -123,21 +128,18 @@ class Executable:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- arguments and results
-
-    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
-        raise NotImplementedError
-
-    def _unflatten(self, results: list[Any]) -> Any:
-        raise NotImplementedError
-
-    def _load_constants(self) -> None:
+    def _prepare(self, state: Sequence[Any]) -> None:
+        """Brings constants and state to the workers, as far as they do not hold them already."""
+        self._state.update(state)
+        if self._ready:
+            return
         for s, worker in enumerate(self.program):
             held = {
                 b: self.traced.constants[b.value] for b in worker.state if b.value in self.traced.constants
             }
             if held:
                 self.session.load(s, held)
+        self._ready = True
 
 
 def replacements(traced: Any, kept: Sequence[Any]) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ from autopar.runtime import layout
 from autopar.runtime.backend import StageMemory
 from autopar.runtime.interpreter import Interpreter
 from autopar.runtime.lower import lower
-from autopar.runtime.segments import Compiled, consumed, donations
+from autopar.runtime.segments import Compiled, consumed, donations, slots
 from autopar.runtime.transfer import LocalTransport, own, share
 
 Array = Any
@@ -61,7 +61,7 @@ class InProcessSession:
     def __init__(self, plan: Plan, program: Program, traced: Any, devices: Sequence[jax.Device]):
         self.plan, self.program = plan, program
         self.meshes = _split(plan.stages, devices)
-        self._slots = [{slot.value: slot for slot in worker.slots} for worker in program]
+        self._slots = [slots(stage, worker) for stage, worker in zip(plan.stages, program)]
         self.segments = self._lower(traced)
         self._consumed = [consumed(worker) for worker in program]
         self.transport = LocalTransport(self._slots, self.sharding)

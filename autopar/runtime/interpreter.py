@@ -170,7 +170,7 @@ class Interpreter:
             case Accumulate():
                 return self._accumulate(instruction, donate=position in self._dies)
             case Rename(old=old, new=new):
-                return self._rename(self._index[old], self._index[new])
+                return self._rename(old, new)
             case Free(buffers=buffers):
                 return self._drop([self._index[buffer] for buffer in buffers])
 
@@ -233,10 +233,16 @@ class Interpreter:
 
         return operation
 
-    def _rename(self, old: int, new: int) -> Operation:
+    def _rename(self, old: Buffer, new: Buffer) -> Operation:
+        """State that was read in another layout before it takes its name is moved to its own."""
+        source, target = self._index[old], self._index[new]
+        same = self._sharding(old) == self._sharding(new)
+        place = None if same else kernels.begin(1.0, (self._sharding(new),), True)
+
         def operation(registers: Registers) -> None:
-            registers[new] = registers[old]
-            registers[old] = None
+            x = registers[source]
+            registers[source] = None
+            registers[target] = place([x])[0] if place else x
 
         return operation
 

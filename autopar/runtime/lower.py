@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from autopar.core.plan import ShardingPlan
+from autopar.core.plan import LoopLayouts, ShardingPlan
 from autopar.core.program import Segment
 from autopar.core.spec import Spec, replicated
 from autopar.runtime.layout import JaxMesh, named, struct
@@ -59,7 +59,7 @@ def lower(traced: Any, segment: Segment, sharding: ShardingPlan, jmesh: JaxMesh)
         return struct(jmesh, values[v].shape, sharding.dtype(values[v].dtype), spec, name)
 
     def fun(arrays: Sequence[Array]) -> list[Array]:
-        run = _Evaluation(traced, sharding, jmesh)
+        run = _Evaluation(traced, _Layouts.of(sharding), _Target(sharding, jmesh))
         return run(segment.equations, dict(zip(segment.inputs, arrays, strict=True)), segment.outputs)
 
     return Lowered(
@@ -67,44 +67,138 @@ def lower(traced: Any, segment: Segment, sharding: ShardingPlan, jmesh: JaxMesh)
     )
 
 
-class _Evaluation:
-    """One evaluation of equations under a sharding plan. Moves are kept, so that equal readers share one."""
+@dataclass(frozen=True)
+class _Layouts:
+    """The layouts of one scope: of a stage's region, or of a loop's body. Fields as in `ShardingPlan`, as
+    look-ups."""
 
-    def __init__(self, traced: Any, sharding: ShardingPlan, jmesh: JaxMesh):
-        self._traced, self._plan, self._jmesh = traced, sharding, jmesh
+    kept: dict[int, Spec]
+    reads: dict[tuple[int, int], Spec]
+    made: dict[tuple[int, int], Spec]
+    loops: dict[int, LoopLayouts]
+
+    @classmethod
+    def of(cls, plan: ShardingPlan | LoopLayouts) -> _Layouts:
+        return cls(
+            kept=dict(plan.specs),
+            reads={(e, k): spec for e, k, spec in plan.uses},
+            made={(e, k): spec for e, k, spec in plan.partials},
+            loops={loop.equation: loop for loop in plan.loops},
+        )
+
+
+class _Target:
+    """What a segment is lowered to: a mesh, and the element types of its devices."""
+
+    def __init__(self, sharding: ShardingPlan, jmesh: JaxMesh):
+        self.jmesh, self.mesh = jmesh, sharding.mesh
+        self.dtypes, self.products = dict(sharding.dtypes), dict(sharding.products)
+
+    def constrain(self, x: Array, spec: Spec) -> Array:
+        return jax.lax.with_sharding_constraint(x, named(self.jmesh, spec)) if spec else x
+
+    def move(self, x: Array, source: Spec, target: Spec) -> Array:
+        """Returns x, constrained to every layout on the way that was priced."""
+        for stop in hops(source, target, x.shape, self.mesh):
+            x = self.constrain(x, stop)
+        return x
+
+    def bind(self, traced: Any, e: int, operands: Sequence[Array]) -> Sequence[Array]:
+        return evaluate.bind(traced, e, operands, dtypes=self.dtypes, products=self.products)
+
+    def constant(self, x: Array) -> Array:
+        wanted = self.dtypes.get(str(x.dtype))
+        return x if wanted is None else x.astype(wanted)
+
+
+class _Evaluation:
+    """One evaluation of equations under their layouts. Moves are kept, so that equal readers share one."""
+
+    def __init__(self, traced: Any, layouts: _Layouts, target: _Target):
+        self.traced, self.layouts, self.target = traced, layouts, target
         self._moved: dict[tuple[int, Spec], Array] = {}
 
+    def fresh(self) -> _Evaluation:
+        """Returns another evaluation of the same, without the values of this one."""
+        return _Evaluation(self.traced, self.layouts, self.target)
+
     def __call__(
-        self, equations: Sequence[int], env: dict[int, Array], outputs: Sequence[int]
+        self, equations: Sequence[int], env: dict[int, Array], outputs: Sequence[int | None]
     ) -> list[Array]:
+        """Returns the outputs' arrays (None for a literal), given those of all inputs in `env`."""
         for e in equations:
-            equation = self._traced.graph.equations[e]
+            equation = self.traced.graph.equations[e]
             operands = [self._read(e, k, v, env[v]) for k, v in enumerate(equation.inputs) if v is not None]
-            results = evaluate.bind(self._traced, e, operands)
+            results = self._bind(e, equation, operands)
             for k, (v, x) in enumerate(zip(equation.outputs, results, strict=True)):
                 env[v] = self._keep(e, k, v, x)
-        return [env[v] for v in outputs]
+        return [None if v is None else env[v] for v in outputs]
+
+    def _bind(self, e: int, equation: Equation, operands: list[Array]) -> Sequence[Array]:
+        if equation.loop is None or e not in self.layouts.loops:
+            return self.target.bind(self.traced, e, operands)
+        return evaluate.bind_loop(self.traced, e, operands, _Body(self, e, equation))
 
     def _read(self, e: int, k: int, v: int, x: Array) -> Array:
         """An operand in the layout its equation reads it in, reached in the steps that were priced."""
-        wanted, kept = self._plan.reads.get((e, k)), self._plan.layout.get(v)
-        if wanted is None or kept is None or wanted == kept:
+        wanted, kept = self.layouts.reads.get((e, k)), self.layouts.kept.get(v)
+        if wanted is None or wanted == kept:
             return x
-        if (v, wanted) not in self._moved:
-            for stop in hops(kept, wanted, x.shape, self._plan.mesh):
-                x = self._constrain(x, stop)
-            self._moved[v, wanted] = x
+        if (
+            v,
+            wanted,
+        ) not in self._moved:  # without a layout of its own a value is made in that of its reader
+            self._moved[v, wanted] = (
+                self.target.constrain(x, wanted) if kept is None else self.target.move(x, kept, wanted)
+            )
         return self._moved[v, wanted]
 
     def _keep(self, e: int, k: int, v: int, x: Array) -> Array:
         """A result reduced first, then scattered: XLA makes a reduce-scatter only of two constraints."""
-        made, kept = self._plan.made.get((e, k)), self._plan.layout.get(v)
-        if made is not None and kept is not None:
-            x = self._constrain(x, made)
-            for stop in hops(made, kept, x.shape, self._plan.mesh):
-                x = self._constrain(x, stop)
-            return x
-        return x if kept is None else self._constrain(x, kept)
+        made, kept = self.layouts.made.get((e, k)), self.layouts.kept.get(v)
+        if kept is None or made is None:
+            return x if kept is None else self.target.constrain(x, kept)
+        return self.target.move(self.target.constrain(x, made), made, kept)
 
-    def _constrain(self, x: Array, spec: Spec) -> Array:
-        return jax.lax.with_sharding_constraint(x, named(self._jmesh, spec)) if spec else x
+
+class _Body:
+    """A loop's body as a function of one trip's inputs, its values constrained too.
+
+    Carries leave every trip in the layout in which they entered it, or every trip would move them.
+    """
+
+    def __init__(self, around: _Evaluation, e: int, equation: Equation):
+        assert equation.loop is not None
+        self._loop, self._traced = equation.loop, around.traced.bodies[e]
+        layouts = _Layouts.of(around.layouts.loops[e])
+        self._run = _Evaluation(self._traced, layouts, around.target)
+        self._stacked = [
+            around.layouts.made.get((e, k), around.layouts.kept.get(v))
+            for k, v in enumerate(equation.outputs)
+        ]
+
+    def __call__(self, inputs: Sequence[Array]) -> list[Array]:
+        """Returns carries, then slices of stacked results; takes constants, carries, slices."""
+        body, run = self._loop.body, self._run.fresh()
+        env = dict(zip(body.inputs, inputs, strict=True))
+        env |= {v: run.target.constant(x) for v, x in self._traced.constants.items()}
+        for v in body.inputs:
+            if v in run.layouts.kept:
+                env[v] = run.target.constrain(env[v], run.layouts.kept[v])
+        outputs = run(range(len(body.equations)), env, body.outputs)
+        literals = (leaf.literal for leaf in self._traced.out_leaves if not leaf.values)
+        return [
+            next(literals) if v is None else self._leave(run, k, v, x)
+            for k, (v, x) in enumerate(zip(body.outputs, outputs))
+        ]
+
+    def _leave(self, run: _Evaluation, k: int, v: int, x: Array) -> Array:
+        if k < self._loop.carries:
+            target = run.layouts.kept.get(self._loop.body.inputs[self._loop.consts + k])
+        else:
+            stacked = self._stacked[k]
+            target = None if stacked is None else stacked[1:]
+        if target is None:
+            return x
+        kept = run.layouts.kept.get(v, target)
+        return run.target.move(x, kept, target)

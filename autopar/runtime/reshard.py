@@ -1,8 +1,8 @@
 """From a layout on one mesh to a layout on another, without passing through the host.
 
-`device_put` between meshes copies device to device where both sides cut the tensor into the same tiles, and gathers
-on the host where they do not. So the tensor is brought into tiles that both sides can have: on the source (one
-compiled function), copied, and brought into its layout on the destination (another one).
+`device_put` between meshes copies device to device where both sides cut the tensor into the same tiles, and
+gathers on the host where they do not. So the tensor is brought into tiles that both sides can have: on the
+source (one compiled function), copied, and brought into its layout on the destination (another one).
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ Tiling = tuple[int, ...]
 
 def tiling(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> Tiling:
     """Returns into how many tiles a layout cuts each dim."""
-    return tuple(n // k for n, k in zip(shape, sharding.shard_shape(shape))) if math.prod(shape) else (1,) * len(shape)
+    return (
+        tuple(n // k for n, k in zip(shape, sharding.shard_shape(shape)))
+        if math.prod(shape)
+        else (1,) * len(shape)
+    )
 
 
 def meeting(shape: tuple[int, ...], target: Tiling, source: int, destination: int) -> Tiling:
     """Returns the tiles that travel: the target's, as finely as `source` devices can hold them.
 
-    Where the destination holds every tile several times, finer tiles travel, each once, and are gathered there.
+    Where the destination holds every tile several times, finer tiles travel, each once, and are gathered
+    there.
 
     Args:
         shape: of the tensor. target: its tiling on the destination.
@@ -50,7 +55,8 @@ def meeting(shape: tuple[int, ...], target: Tiling, source: int, destination: in
 
 
 def tiled(devices: Sequence[jax.Device], tiles: Tiling) -> NamedSharding:
-    """Returns the layout on these devices, in order, that cuts a tensor into `tiles`; devices left over hold copies."""
+    """Returns the layout on these devices, in order, that cuts a tensor into `tiles`; devices left over hold
+    copies."""
     names = tuple(f"t{d}" for d in range(len(tiles)))
     grid = np.asarray(devices, dtype=object).reshape(*tiles, -1)
     mesh = jax.sharding.Mesh(grid, (*names, "copies"), axis_types=(AxisType.Auto,) * grid.ndim)
@@ -65,7 +71,8 @@ def _identity(layouts: tuple[jax.sharding.Sharding, ...]) -> Callable[[list[Arra
 def carrier(
     arrays: Sequence[Array], targets: Sequence[NamedSharding]
 ) -> Callable[[Sequence[Array]], list[Array]]:
-    """Returns a function that brings arrays like these into the target layouts; made once per kind of message."""
+    """Returns a function that brings arrays like these into the target layouts; made once per kind of
+    message."""
     leave, arrive = list[NamedSharding | None](), list[NamedSharding]()
     for x, target in zip(arrays, targets, strict=True):
         out, into = _way(x, target)

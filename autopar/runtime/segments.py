@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import jax
 
-from autopar.core.program import Buffer, Run, Worker
+from autopar.core.plan import Stage
+from autopar.core.program import Buffer, Rename, Run, Slot, Worker
 from autopar.runtime.lower import Lowered
 
 Array = Any
@@ -67,3 +69,16 @@ def consumed(worker: Worker) -> frozenset[Buffer]:
     """Returns the buffers whose memory some Run takes."""
     runs = (i for i in worker.instructions if isinstance(i, Run))
     return frozenset(run.inputs[k] for run in runs for k in run.donated)
+
+
+def slots(stage: Stage, worker: Worker) -> dict[int, Slot]:
+    """Returns value id → how it is kept on a worker.
+
+    New state that another stage makes is unknown to this stage's sharding plan; it arrives as the state it
+    replaces.
+    """
+    kept = {slot.value: slot for slot in worker.slots}
+    for rename in worker.instructions:
+        if isinstance(rename, Rename) and rename.old.value not in stage.sharding.layout:
+            kept[rename.old.value] = replace(kept[rename.new.value], value=rename.old.value)
+    return kept

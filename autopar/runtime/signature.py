@@ -1,0 +1,76 @@
+"""How a call's arguments become leaves, and leaves a result: the trees of the traced function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from autopar.core.errors import BadInput
+
+
+class Signature:
+    """Takes calls apart as the traced one was.
+
+    Args:
+        traced: `autopar.trace.traced.Traced`.
+    """
+
+    def __init__(self, traced: Any):
+        self._traced, self._tree = traced, traced.in_tree
+        self._positions = [leaf.position for leaf in traced.leaves]
+        self._whole = self._positions == list(range(self._tree.num_leaves))
+        self._out_positions = [leaf.position for leaf in traced.out_leaves]
+        self._out_whole = self._out_positions == list(range(traced.out_tree.num_leaves))
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+        """Returns the array leaves of a call, static ones apart.
+
+        Raises:
+            BadInput: a tree of another structure, or another static leaf, than traced.
+        """
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        if tree != self._tree:
+            raise BadInput(self._difference(args, kwargs))
+        if self._whole:
+            return leaves
+        for position, expected in self._traced.statics.items():
+            if leaves[position] is not expected and leaves[position] != expected:
+                raise BadInput(
+                    f"a static part of the arguments is {leaves[position]!r}, the step was traced for "
+                    f"{expected!r}; plan and compile the step again for it"
+                )
+        return [leaves[position] for position in self._positions]
+
+    def unflatten(self, results: Sequence[Any]) -> Any:
+        """Returns the result tree with these array leaves."""
+        if self._out_whole:
+            return jax.tree.unflatten(self._traced.out_tree, results)
+        leaves = dict(self._traced.out_statics) | dict(zip(self._out_positions, results))
+        return jax.tree.unflatten(self._traced.out_tree, [leaves[i] for i in range(len(leaves))])
+
+    def _difference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        expected = jax.tree.unflatten(self._tree, range(self._tree.num_leaves))
+        had, got = _paths(expected), _paths((args, kwargs))
+        names = {leaf.position: leaf.path for leaf in self._traced.leaves}
+        missing = [names.get(had[path], path) for path in had if path not in got]
+        extra = [path for path in got if path not in had]
+        what = "; ".join(
+            f"{word} {', '.join(paths[:3])}{' …' if len(paths) > 3 else ''}"
+            for word, paths in (("missing", missing), ("not expected", extra))
+            if paths
+        )
+        got_tree = jax.tree.structure((args, kwargs))
+        return (
+            "the arguments have another structure than in the traced call: "
+            f"{what or f'expected {self._tree}, got {got_tree}'}; pass the same trees, positional and keyword "
+            "arguments alike, or plan the step again"
+        )
+
+
+def _paths(call: Any) -> dict[str, Any]:
+    """Returns path ("args[0]['w']", "kwargs['x']") → leaf of `(args, kwargs)`."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(call)
+    kinds = ("args", "kwargs")
+    return {kinds[path[0].idx] + jax.tree_util.keystr(path[1:]): leaf for path, leaf in flat}
