@@ -38,7 +38,9 @@ class Tree:
         return filled(self.structure, self.positions, self.statics, arrays)
 
 
-def filled(structure: Any, positions: Sequence[int], statics: Mapping[int, Any], arrays: Sequence[Any]) -> Any:
+def filled(
+    structure: Any, positions: Sequence[int], statics: Mapping[int, Any], arrays: Sequence[Any]
+) -> Any:
     """Returns the tree of `structure` with `arrays` at `positions` and `statics` at theirs."""
     leaves = dict(statics) | dict(zip(positions, arrays, strict=True))
     return jax.tree.unflatten(structure, [leaves[i] for i in range(structure.num_leaves)])
@@ -161,7 +163,9 @@ def split_call(
     numbers = {_checked(n, len(known) or len(args), fun) for n in static_argnums}
     for name in static_argnames:
         if name not in kwargs and known and name not in known and not _takes_any_keyword(fun):
-            raise BadInput(f"static_argnames: {_name(fun)} has no argument {name!r}; it has {', '.join(known)}")
+            raise BadInput(
+                f"static_argnames: {_name(fun)} has no argument {name!r}; it has {', '.join(known)}"
+            )
     chosen = set(static_argnames) | {known[n] for n in numbers if n < len(known)}
     static_args = {i: a for i, a in enumerate(args) if i in numbers or names[i] in chosen}
     static_kwargs = {k: v for k, v in kwargs.items() if k in chosen}
@@ -196,7 +200,9 @@ def _takes_any_keyword(fun: Callable[..., Any]) -> bool:
 
 def _checked(number: int, count: int, fun: Callable[..., Any]) -> int:
     if not -count <= number < count:
-        raise BadInput(f"static_argnums: {_name(fun)} takes {count} positional arguments, there is no {number}")
+        raise BadInput(
+            f"static_argnums: {_name(fun)} takes {count} positional arguments, there is no {number}"
+        )
     return number % count
 
 

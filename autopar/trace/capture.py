@@ -134,7 +134,5 @@ def _out_leaves(flat: Flat, graph: Graph, result: Tree, paths: Sequence[str]) ->
     ):
         literal = atom.val if isinstance(atom, Literal) else None
         values = () if v is None else (v,)
-        leaves.append(
-            Leaf(path, tuple(s.shape), str(s.dtype), values, position=position, literal=literal)
-        )
+        leaves.append(Leaf(path, tuple(s.shape), str(s.dtype), values, position=position, literal=literal))
     return tuple(leaves)

@@ -170,3 +170,8 @@ _LIBRARIES = tuple(
 def is_debug(effect: Any) -> bool:
     """Returns whether an effect is that of `jax.debug.print` or `jax.debug.callback`, which may be repeated."""
     return type(effect).__name__ == "DebugEffect"
+
+
+def with_operands(equation: JaxprEqn, operands: Sequence[Any], params: dict[str, Any]) -> JaxprEqn:
+    """Returns an equation like this one on all of `operands` (no literals), with other parameters."""
+    return equation.replace(invars=[variable(jax.typeof(x)) for x in operands], params=params)

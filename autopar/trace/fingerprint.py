@@ -35,7 +35,9 @@ def _lines(traced: Traced, texts: dict[Any, str]) -> Iterable[str]:
         literals = [str(a.val) for a in equation.invars if isinstance(a, Literal)]
         key = signature(equation)
         if key not in texts:
-            texts[key] = _text({k: v for k, v in equation.params.items() if node.loop is None or k != "jaxpr"})
+            texts[key] = _text(
+                {k: v for k, v in equation.params.items() if node.loop is None or k != "jaxpr"}
+            )
         results = " ".join(str(graph.values[v]) for v in node.outputs)
         yield f"{node.op} {node.inputs} {literals} {texts[key]} {results}"
         if i in traced.bodies:

@@ -87,7 +87,9 @@ def stage(fun: Callable[..., Any], call: Call, tree: Tree, shapes: Sequence[Any]
         arguments = tree.fill(arrays)
         result = call.apply(fun, *arguments)
         _refuse_changes(tree, call, arguments, arrays, definition(fun))
-        apart = take_apart(result, lambda path: f"the result{jax.tree_util.keystr(tuple(path))}", definition(fun))
+        apart = take_apart(
+            result, lambda path: f"the result{jax.tree_util.keystr(tuple(path))}", definition(fun)
+        )
         results.append(apart)
         return list(apart.arrays)
 
@@ -119,7 +121,9 @@ def definition(fun: Callable[..., Any]) -> compat.Line | None:
     inner = inspect.unwrap(fun)
     while hasattr(inner, "func"):  # functools.partial
         inner = inner.func
-    code = getattr(inner, "__code__", None) or getattr(getattr(type(inner), "__call__", None), "__code__", None)
+    code = getattr(inner, "__code__", None) or getattr(
+        getattr(type(inner), "__call__", None), "__code__", None
+    )
     return compat.Line(code.co_filename, code.co_firstlineno) if code is not None else None
 
 
