@@ -438,7 +438,7 @@ def test_a_free_value_of_the_examples_read_by_the_update():
 
 @pytest.mark.parametrize("named", [True, False])
 def test_a_forward_whose_batch_is_not_known(named: bool):
-    """What an embedding makes from two arguments belongs to the first layer, whichever of them is the batch."""
+    """What an embedding makes from two arguments goes to the first layer, whichever is the batch."""
     graph, _ = train_step(Shape(named=named))
     first = next(i for i, e in enumerate(graph.equations) if e.phase is Phase.BACKWARD)
     logits = graph.equations[first - 2].outputs

@@ -2,5 +2,18 @@
 
 from autopar.stages.assign import assign
 from autopar.stages.cut import cut, holders
+from autopar.stages.offers import Offer, Options, Price, Replacements, Shard, replacements
+from autopar.stages.plan import plan
 
-__all__ = ["assign", "cut", "holders"]
+__all__ = [
+    "Offer",
+    "Options",
+    "Price",
+    "Replacements",
+    "Shard",
+    "assign",
+    "cut",
+    "holders",
+    "plan",
+    "replacements",
+]
