@@ -120,8 +120,8 @@ class Builder:
         assert e.rule is not None, "only equations with a rule have strategies"
         values = [None if v is None else scope.values[v] for v in e.inputs]
         first = next((v for v in values if v is not None), None)
-        kept = "float32" if first is None else self.kept.get(first.dtype, first.dtype)
-        rate = self.device.rate(self.products.get(kept, kept))
+        given = "float32" if first is None else first.dtype
+        rate = self.device.rate(self.products.get(given, self.kept.get(given, given)))
         operands = tuple(
             None if v is None or dims is None else Tensor(v.shape, self.nbytes(v))
             for v, dims in zip(values, e.rule.operands, strict=True)

@@ -107,10 +107,11 @@ class Spans:
     def _follow_steps(self) -> None:
         """Decides which elementwise results are folded into the one value they are made of."""
         model = self.model
+        for path, scope in model.scopes.items():
+            for e in scope.equations:
+                self.made.update(((path, v), scope.phase or e.phase) for v in e.outputs)
         for step in model.steps:
             scope = model.scopes[step.path]
-            for v in step.equation.outputs:
-                self.made[step.path, v] = step.phase
             if kind_of(step.equation) not in (OpKind.FUSED, OpKind.VIEW):
                 continue
             for v in step.equation.outputs:

@@ -23,6 +23,7 @@ from autopar.sharding.options import Options
 from autopar.sharding.region import Region, extract, region_key
 from autopar.sharding.result import Reader, loops, specs_of, triples
 from autopar.sharding.solving import Solved, least_peak, minimise
+from autopar.sharding.text import gigabytes
 
 DEEP = 150
 """Nodes from which on like parts share a decision."""
@@ -225,14 +226,6 @@ def _leanest(setting: Setting, limit: int | None, failed: Solved) -> Solved:
     )
 
 
-def gigabytes(nbytes: float) -> str:
-    """Returns bytes for people."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.2f} {name}"
-    return f"{nbytes:.0f} bytes"
-
-
 def biggest(setting: Setting, chosen: Sequence[int], count: int = 3) -> str:
     """Returns the tensors that take most of a device, for people."""
     items = sorted(setting.items, key=lambda item: -int(item.nbytes[chosen[item.node]]))
@@ -250,6 +243,7 @@ def _finish(setting: Setting, solved: Solved, price: float) -> ShardingPlan:
     out = Reader(region, model, grid, setting.nbytes, solved.chosen).read()
     micro = max(1, region.microbatches)
     total = sum(out.seconds.values()) if price == 0 else solved.objective
+    proven = total <= solved.objective * (1 + options.gap) + 1e-9
     return ShardingPlan(
         mesh=setting.mesh,
         specs=specs_of(out, grid, ()),
@@ -262,7 +256,7 @@ def _finish(setting: Setting, solved: Solved, price: float) -> ShardingPlan:
         collectives=tuple(out.collectives),
         objective=total,
         bound=max(0.0, min(solved.bound, total)),
-        status=solved.status,
+        status=solved.status if proven else "feasible",
         notes=tuple(model.notes),
         dtypes=options.dtypes,
         products=options.products,
