@@ -150,3 +150,16 @@ def test_discovery():
     assert host.nodes[0].device.memory == 1 << 30
     with pytest.raises(UnknownName, match="TPU v5"):
         cluster.discover([("TPU v5", 0)])
+
+
+def test_shapes_of_a_whole_cluster():
+    one = cluster.parse("8xT4")
+    assert str(cluster.shaped(one, (2, 4)).mesh) == "T4 2×4"
+    two = cluster.parse("16xV100-16GB")
+    aligned, crossing = cluster.shaped(two, (2, 8)).mesh, cluster.shaped(two, (4, 4)).mesh
+    assert [a.bandwidth for a in aligned.axes] == [25e9 / 64, cluster.device("V100").link]
+    assert [a.bandwidth for a in crossing.axes] == [25e9 / 64] * 2
+    with pytest.raises(ClusterError, match="not the cluster's 8 devices"):
+        cluster.shaped(one, (3, 2))
+    with pytest.raises(ClusterError, match="alike"):
+        cluster.shaped(cluster.parse("8xT4,4xT4"), (12,))

@@ -3,7 +3,7 @@
 from autopar.cluster.cluster import Cluster, Node, load, parse
 from autopar.cluster.devices import device, device_names, match
 from autopar.cluster.discover import discover
-from autopar.cluster.submesh import MeshChoice, place, submeshes
+from autopar.cluster.submesh import MeshChoice, place, shaped, submeshes
 
 __all__ = [
     "Cluster",
@@ -16,5 +16,6 @@ __all__ = [
     "match",
     "parse",
     "place",
+    "shaped",
     "submeshes",
 ]

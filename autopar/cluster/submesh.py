@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster, Node
 from autopar.core.errors import ClusterError
@@ -69,6 +70,33 @@ def _across(cluster: Cluster, nodes: Sequence[Node]) -> list[Mesh]:
     if per_node == 1:
         return [Mesh(kind, (outer,))]
     return [Mesh(kind, (outer, Axis(AXES[1], per_node, kind.link, kind.link_latency)))]
+
+
+def shaped(cluster: Cluster, shape: Sequence[int]) -> MeshChoice:
+    """Returns all devices of a one-kind cluster as a mesh of the given shape.
+
+    The first axis runs between nodes if its size is the number of nodes; on a cluster of several nodes whose
+    shape does not say so, every axis may cross nodes and is as slow as the network.
+
+    Raises:
+        ClusterError: the shape has another number of devices, or the nodes are unlike.
+    """
+    nodes, kind = cluster.nodes, cluster.nodes[0].device
+    if len({(n.device, n.count) for n in nodes}) > 1:
+        raise ClusterError(f"one mesh needs nodes that are alike, got {cluster}")
+    if math.prod(shape) != cluster.size:
+        raise ClusterError(
+            f"a mesh of {'×'.join(map(str, shape))} is not the cluster's {cluster.size} devices"
+        )
+    slow = min((cluster.bandwidth(a, b) for a in nodes for b in nodes if a.name != b.name), default=kind.link)
+    aligned = len(nodes) == 1 or shape[0] == len(nodes)
+    fast = Axis("", 1, kind.link, kind.link_latency)
+    outer = fast if len(nodes) == 1 else Axis("", 1, slow / nodes[0].count, cluster.latency)
+    axes = tuple(
+        replace(outer if i == 0 or not aligned else fast, name=name, size=size)
+        for i, (name, size) in enumerate(zip(AXES, shape, strict=False))
+    )
+    return MeshChoice(kind.name, cluster.size, len(nodes), Mesh(kind, axes))
 
 
 def place(cluster: Cluster, choices: Sequence[MeshChoice]) -> tuple[tuple[tuple[str, int], ...], ...]:

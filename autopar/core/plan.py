@@ -189,6 +189,7 @@ class Plan:
         inputs, outputs, aliases, batch, constants, combine: as in the graph.
         objective, bound: seconds per step in the stage program's model, and its proven lower bound.
         step_time, bubble: seconds and share of idle time in the simulated program.
+        remat: whether activations are recomputed in the backward pass.
         notes: for people.
     """
 
@@ -212,6 +213,7 @@ class Plan:
     bubble: float = 0.0
     notes: tuple[str, ...] = ()
     cluster: str = ""
+    remat: bool = False
     version: int = VERSION
 
     @cached_property

@@ -1,8 +1,9 @@
-"""How a stage's big tensors are sharded, with the layers' equal tensors on one line."""
+"""How a stage's big tensors are sharded, with equal tensors (of the layers, and their moments) on one line."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.core.graph import Value
@@ -10,12 +11,14 @@ from autopar.core.plan import ShardingPlan
 from autopar.core.spec import Spec
 
 _INDEX = re.compile(r"\d+")
+_PART = re.compile(r"\['([^']*)'\]|\[([^\]]*)\]|\.?([^.\[\]/]+)")
+TAIL = 3
+"""Tensors whose paths agree in so many last parts (but for indices) belong together."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one name pattern, shape and layout. `pattern`: the name with the indices that vary as
-    "*"."""
+    """Tensors of one shape, layout and end of their path. `pattern`: that end, with what varies as "*"."""
 
     pattern: str
     value: Value
@@ -27,20 +30,32 @@ class Group:
         return self.value.nbytes * self.count
 
 
+def path_of(name: str) -> tuple[str, ...]:
+    """Returns the parts of a tree path: "state.params['Block_0']['kernel']" is state, params, Block_0, kernel."""
+    return tuple(a or b or c for a, b, c in _PART.findall(name))
+
+
 def groups(sharding: ShardingPlan, values: dict[int, Value]) -> list[Group]:
-    """Returns the named tensors of a stage, largest group first; equal ones of several layers are one
-    group."""
-    found: dict[tuple[str, tuple[int, ...], str, Spec], list[Value]] = {}
+    """Returns the named tensors of a stage, largest group first."""
+    found: dict[tuple[object, ...], list[tuple[str, ...]]] = {}
+    first: dict[tuple[object, ...], tuple[Value, Spec]] = {}
     for v, spec in sharding.specs:
         value = values.get(v)
         if value is not None and value.name:
-            key = (_INDEX.sub("*", value.name), value.shape, value.dtype, spec)
-            found.setdefault(key, []).append(value)
-    result = [Group(_pattern([v.name for v in vs]), vs[0], key[3], len(vs)) for key, vs in found.items()]
-    return sorted(result, key=lambda g: -g.nbytes)
+            path = path_of(value.name)
+            key = (_INDEX.sub("*", "/".join(path[-TAIL:])), value.shape, value.dtype, spec)
+            found.setdefault(key, []).append(path)
+            first.setdefault(key, (value, spec))
+    result = [Group(_pattern(paths), *first[key], len(paths)) for key, paths in found.items()]
+    return sorted(result, key=lambda g: (-g.nbytes, g.pattern))
 
 
-def _pattern(names: list[str]) -> str:
-    """The common name, with "*" only where an index really varies."""
-    rows = [re.split(r"(\d+)", name) for name in names]
-    return "".join(column[0] if len(set(column)) == 1 else "*" for column in zip(*rows, strict=True))
+def _pattern(paths: Sequence[tuple[str, ...]]) -> str:
+    """The common end of the paths; an index that varies is "*", what varies before it is "…"."""
+    tail: list[str] = []
+    for parts in zip(*(reversed(path) for path in paths), strict=False):
+        if len({_INDEX.sub("*", part) for part in parts}) > 1:
+            break
+        tail.insert(0, parts[0] if len(set(parts)) == 1 else _INDEX.sub("*", parts[0]))
+    whole = len(tail) == max(map(len, paths))
+    return "/".join(tail if whole else ["…", *tail])

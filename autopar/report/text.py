@@ -12,7 +12,7 @@ from autopar.core.plan import Memory, Plan, Stage
 from autopar.report.tensors import groups
 from autopar.report.units import seconds, share, size
 
-WIDTH = 118
+WIDTH = 132
 
 
 def plan_text(plan: Plan, tensors: int = 5) -> str:
@@ -33,7 +33,8 @@ def plan_text(plan: Plan, tensors: int = 5) -> str:
 
 def _headline(plan: Plan) -> list[str]:
     parts = "micro-batch" if plan.microbatches == 1 else "micro-batches"
-    first = f"{len(plan.layers)} layers in {len(plan.stages)} stage(s) on {plan.devices} devices of: {plan.cluster}"
+    stages = f"{len(plan.layers)} layers in {len(plan.stages)} stage{'s' * (len(plan.stages) > 1)}"
+    first = f"{stages} on {plan.devices} devices of: {plan.cluster}"
     second = f"{plan.microbatches} {parts}, schedule {plan.schedule}"
     third = (
         f"predicted {seconds(plan.step_time)} per step, bubble {share(plan.bubble)}; "
@@ -48,7 +49,7 @@ def _stages(plan: Plan) -> Table:
         table.add_column(name)
     for name in ("forward", "backward", "apply", "sent"):
         table.add_column(name, justify="right")
-    table.add_column("memory per device")
+    table.add_column("memory per device", no_wrap=True)
     for s, stage in enumerate(plan.stages):
         own = stage.sharding
         times = [seconds(t) for t in (own.forward, own.backward, own.apply)]

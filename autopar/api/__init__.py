@@ -1,0 +1,1 @@
+"""What users call: the decorator, the methods, and clusters and plans with their verbs."""

@@ -1,0 +1,185 @@
+"""The command line: `autopar plan | simulate | devices | solve | bench`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autopar.core.errors import AutoparError
+
+if TYPE_CHECKING:
+    from autopar.api.plan import Plan
+
+
+class Friendly(click.Group):
+    """Prints our own errors as one message, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (AutoparError, NotImplementedError) as error:
+            raise click.ClickException(str(error)) from None
+
+
+@click.group(cls=Friendly, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="autopar")
+def main() -> None:
+    """Plans a single-device JAX step for a whole cluster of unlike GPUs, and says what it will cost."""
+
+
+@main.command()
+@click.argument("target")
+@click.option(
+    "--cluster", "-c", "cluster_text", required=True, help="a cluster file (*.yaml) or e.g. 8xA100-40GB,4xT4"
+)
+@click.option("--batch", type=click.IntRange(min=1), help="examples per step (built-in models)")
+@click.option("--sequence", type=click.IntRange(min=1), help="tokens per example (built-in language models)")
+@click.option("--micro-batches", type=click.IntRange(min=1), help="per step; the default tries powers of two")
+@click.option(
+    "--stages", type=click.IntRange(min=1), help="exactly so many pipeline stages; the default chooses"
+)
+@click.option("--schedule", type=click.Choice(["1f1b", "gpipe"]), default="1f1b", show_default=True)
+@click.option(
+    "--remat/--no-remat",
+    default=None,
+    help="recompute activations; the default does if nothing fits otherwise",
+)
+@click.option(
+    "--json", "json_path", metavar="FILE", help="write the plan as JSON; - prints it instead of the table"
+)
+@click.option("--picture", metavar="FILE", help="draw the plan (.svg, .png, .pdf)")
+@click.option("--trace", metavar="FILE", help="write the simulated timeline as a Chrome trace")
+@click.option("--tensors", default=5, show_default=True, help="kinds of tensors to show per stage")
+def plan(target: str, cluster_text: str, json_path: str | None, picture: str | None, trace: str | None,
+         tensors: int, **options: Any) -> None:  # fmt: skip
+    """Plans TARGET for a cluster; nothing of the model is allocated.
+
+    TARGET is a built-in model (gpt-2.6b, moe-2.4b, wresnet-1b, opt-175b, …; `autopar models` lists them) or
+    FILE.py:FUNCTION, where FILE also has a function FUNCTION_args() that returns the arguments' shapes.
+    """
+    from autopar.api.commands import plan_target
+
+    with _spinner() as say:
+        found = plan_target(target, cluster_text, progress=say, **options)
+    _show(found, json_path, picture, trace, tensors)
+
+
+def _show(found: Plan, json_path: str | None, picture: str | None, trace: str | None, tensors: int) -> None:
+    from autopar.report.text import plan_text
+
+    if json_path == "-":
+        from autopar.core.codec import to_data
+
+        click.echo(json.dumps(to_data(found)))
+    else:
+        click.echo(plan_text(found, tensors))
+    if json_path and json_path != "-":
+        found.save(json_path)
+        click.echo(f"plan: {json_path}", err=True)
+    if picture:
+        found.picture(picture)
+        click.echo(f"picture: {picture}", err=True)
+    if trace:
+        found.simulate().save(trace)
+        click.echo(f"timeline: {trace}", err=True)
+
+
+def _spinner() -> Any:
+    """A live line on standard error that says what is going on; silent when that is not a terminal."""
+    import contextlib
+
+    from rich.console import Console
+
+    console = Console(stderr=True)
+
+    @contextlib.contextmanager
+    def live():
+        with console.status("planning") as status:
+            yield lambda text: status.update(text)
+
+    return live()
+
+
+@main.command()
+@click.argument("plan_file", type=click.Path(dir_okay=False))
+@click.option("--trace", metavar="FILE", help="write the timeline as a Chrome trace")
+@click.option("--picture", metavar="FILE", help="draw the timeline (.svg, .png, .pdf)")
+@click.option("--json", "as_json", is_flag=True, help="print step time, bubble and memory as JSON")
+def simulate(plan_file: str, trace: str | None, picture: str | None, as_json: bool) -> None:
+    """Runs the program of a saved plan against its cost model."""
+    from autopar.api.plan import Plan
+    from autopar.report.units import seconds, share, size
+
+    timeline = Plan.load(plan_file).simulate()
+    rows = [
+        {"worker": name, "busy": timeline.busy(w), "peak_bytes": timeline.peak[w]}
+        for w, name in enumerate(timeline.workers)
+    ]
+    if as_json:
+        click.echo(json.dumps({"step_time": timeline.step_time, "bubble": timeline.bubble, "workers": rows}))
+    else:
+        click.echo(f"step {seconds(timeline.step_time)}, bubble {share(timeline.bubble)}")
+        for row in rows:
+            busy = share(row["busy"] / timeline.step_time)
+            click.echo(f"  {row['worker']}: busy {busy}, buffers {size(row['peak_bytes'])} per device")
+    if trace:
+        timeline.save(trace)
+    if picture:
+        timeline.picture(picture)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="print as JSON")
+def devices(as_json: bool) -> None:
+    """Lists the device database and what this machine has."""
+    from autopar.api.commands import device_rows, local_devices
+
+    rows, here = device_rows(), local_devices()
+    if as_json:
+        click.echo(json.dumps({"devices": rows, "here": here}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_edge=False, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == "device" else "right")
+    for row in rows:
+        table.add_row(*("–" if v is None else v if isinstance(v, str) else f"{v:g}" for v in row.values()))
+    Console(file=sys.stdout, width=120).print(table)
+    click.echo(f"\nthis machine: {here}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="print as JSON")
+def models(as_json: bool) -> None:
+    """Lists the built-in models."""
+    from autopar.models import catalog
+
+    if as_json:
+        click.echo(json.dumps(list(catalog.names())))
+    else:
+        click.echo("\n".join(catalog.names()))
+
+
+@main.group()
+def bench() -> None:
+    """Benchmarks: figures and ratios side by side."""
+
+
+class _Lazy(click.Command):
+    """A command of another package, imported when it is used."""
+
+
+def _mount() -> None:
+    """Adds the solver's own commands."""
+    from autopar_solver import cli as solver
+
+    main.add_command(solver.solve_command, "solve")
+
+
+if __name__ == "__main__":
+    main()
