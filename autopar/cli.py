@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,27 @@ if TYPE_CHECKING:
     from autopar.api.plan import Plan
 
 
-class Friendly(click.Group):
+STAGES = "autopar_solver.stage_dp_bench:stage_bench_command"
+
+
+class Lazy(click.Group):
+    """A group some of whose commands live in other packages ("module:attribute") and are imported when used."""
+
+    def __init__(self, *args: Any, places: dict[str, str], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.places = places
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *self.places])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.places:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = self.places[cmd_name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+class Friendly(Lazy):
     """Prints our own errors as one message, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -24,7 +45,11 @@ class Friendly(click.Group):
             raise click.ClickException(str(error)) from None
 
 
-@click.group(cls=Friendly, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Friendly,
+    places={"solve": "autopar_solver.cli:solve_command"},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="autopar")
 def main() -> None:
     """Plans a single-device JAX step for a whole cluster of unlike GPUs, and says what it will cost."""
@@ -165,20 +190,9 @@ def models(as_json: bool) -> None:
         click.echo("\n".join(catalog.names()))
 
 
-@main.group()
+@main.group(cls=Lazy, places={"solver": "autopar_solver.bench:bench_command", "stages": STAGES})
 def bench() -> None:
     """Benchmarks: figures and ratios side by side."""
-
-
-class _Lazy(click.Command):
-    """A command of another package, imported when it is used."""
-
-
-def _mount() -> None:
-    """Adds the solver's own commands."""
-    from autopar_solver import cli as solver
-
-    main.add_command(solver.solve_command, "solve")
 
 
 if __name__ == "__main__":

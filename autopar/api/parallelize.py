@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,6 @@ from autopar.trace.traced import Traced
 LOG = logging.getLogger("autopar")
 
 
-@overload
-def parallelize(function: Callable[..., Any], **options: Any) -> Parallelized: ...
-@overload
-def parallelize(**options: Any) -> Callable[[Callable[..., Any]], Parallelized]: ...
 def parallelize(
     function: Callable[..., Any] | None = None,
     *,
@@ -145,7 +141,10 @@ class Parallelized:
     def _planned(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Made:
         if key not in self._made:
             if self._made:
-                LOG.warning("%s: arguments of new shapes, so it is planned and compiled again", self.__name__)
+                LOG.warning(
+                    "%s: arguments of new shapes, so it is planned and compiled again",
+                    getattr(self.function, "__name__", "step"),
+                )
             tracer = Tracer(
                 self.function, args, kwargs, self._static_argnums, self._static_argnames, self._batch_argnums
             )

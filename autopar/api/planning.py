@@ -16,6 +16,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
 from autopar.core.spec import Spec
 from autopar.program import check, emit, schedule, simulate
+from autopar.sharding import pins
 from autopar.sharding import plan as intra
 from autopar.sharding.options import Options as ShardingOptions
 from autopar.sharding.region import signature

@@ -1,4 +1,4 @@
-"""How a stage's big tensors are sharded, with equal tensors (of the layers, and their moments) on one line."""
+"""How a stage's big tensors are sharded, with equal tensors (layers, moments) on one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Group:
 
 
 def path_of(name: str) -> tuple[str, ...]:
-    """Returns the parts of a tree path: "state.params['Block_0']['kernel']" is state, params, Block_0, kernel."""
+    """Returns the parts of a tree path: "state.params['Block_0']['kernel']" is state, params, …"""
     return tuple(a or b or c for a, b, c in _PART.findall(name))
 
 
