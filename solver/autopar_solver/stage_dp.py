@@ -1,31 +1,33 @@
 """The exact stage program over unlike devices: cut a chain of layers into stages and give each a submesh.
 
-`solve_stages` minimises sum of stage times + transfers + (B - 1) * slowest stage + largest fixed cost (or latency, or
-the slowest stage alone; `stage_dp_problem` states each) over all ways to cut the layers, to choose a submesh for each
-stage, and to order kinds along the pipeline, within the devices there are of each kind and the memory of each device
-at the stage's position. How:
+`solve_stages` minimises sum of stage times + transfers + (B - 1) * slowest stage + largest fixed cost (or
+latency, or the slowest stage alone; `stage_dp_problem` states each) over all ways to cut the layers, to
+choose a submesh for each stage, and to order kinds along the pipeline, within the devices there are of each
+kind and the memory of each device at the stage's position. How:
 
 1. *Arcs.* A stage that may be chosen is an arc; a plan is a path from layer 0 to layer L (`stage_dp_arcs`).
-2. *Boxes.* Alpa (Zheng et al., OSDI 2022, Sec. 5.2) enumerates the slowest stage's time t and solves a dynamic program
-   for each, skipping values closer than epsilon. We branch instead: a box is an interval of t (and one of the largest
-   fixed cost f). Arcs above the interval are left out, the objective's terms are at least the interval's low ends, and
-   a box whose bound reaches the best plan known is dropped whole. Boxes are taken best bound first, so at any moment
-   the least bound among open boxes is a bound on the optimum. No epsilon.
-3. *Prices.* In a box, device counts are first relaxed: priced, not counted (`stage_dp_prices`). That gives the box's
-   bound, and for every layer, kind and position a bound on the cost of what may come before. Arcs whose cheapest
-   priced plan reaches the best plan known are deleted.
-4. *Labels.* Then the dynamic program counts exactly (`stage_dp_kernels.label_pass`): from the last layer to the first,
-   a label is (layer, kind, position, devices used per kind) with its cost; labels that can't beat the best plan known,
-   or that another label dominates, are dropped (resource-constrained shortest paths; Irnich & Desaulniers, "Shortest
-   path problems with resource constraints", 2005). Device counts need no grid and no common divisor: only those
-   reached are stored. A first pass keeps few labels per layer (a beam), which finds good plans; if nothing was cut off
-   the box is solved, otherwise it is split in two, or, when it is a single value of t and f, searched more widely.
+2. *Boxes.* Alpa (Zheng et al., OSDI 2022, Sec. 5.2) enumerates the slowest stage's time t and solves a
+   dynamic program for each, skipping values closer than epsilon. We branch instead: a box is an interval of
+   t (and one of the largest fixed cost f). Arcs above the interval are left out, the objective's terms are
+   at least the interval's low ends, and a box whose bound reaches the best plan known is dropped whole.
+   Boxes are taken best bound first, so at any moment the least bound among open boxes is a bound on the
+   optimum. No epsilon.
+3. *Prices.* In a box, device counts are first relaxed: priced, not counted (`stage_dp_prices`). That gives
+   the box's bound, and for every layer, kind and position a bound on the cost of what may come before. Arcs
+   whose cheapest priced plan reaches the best plan known are deleted.
+4. *Labels.* Then the dynamic program counts exactly (`stage_dp_kernels.label_pass`): from the last layer to
+   the first, a label is (layer, kind, position, devices used per kind) with its cost; labels that can't beat
+   the best plan known, or that another label dominates, are dropped (resource-constrained shortest paths;
+   Irnich & Desaulniers, "Shortest path problems with resource constraints", 2005). Device counts need no
+   grid and no common divisor: only those reached are stored. A first pass keeps few labels per layer (a
+   beam), which finds good plans; if nothing was cut off the box is solved, otherwise it is split in two, or,
+   when it is a single value of t and f, searched more widely.
+5. If nothing fits, the least missing memory is found by bisection over feasibility problems
+   (`stage_dp_missing`).
 
-5. If nothing fits, the least missing memory is found by bisection over feasibility problems (`stage_dp_missing`).
-
-Round-off: costs are float64 sums of at most 2L + 2 terms. Every priced bound is lowered by 1e-12 of the priced devices,
-a plan must be better by half of `TOLERANCE` (relative) to be of interest, and the bound returned for an optimal plan is
-`objective * (1 - TOLERANCE)`.
+Round-off: costs are float64 sums of at most 2L + 2 terms. Every priced bound is lowered by 1e-12 of the
+priced devices, a plan must be better by half of `TOLERANCE` (relative) to be of interest, and the bound
+returned for an optimal plan is `objective * (1 - TOLERANCE)`.
 """
 
 from __future__ import annotations
@@ -86,8 +88,8 @@ class StageSolution:
         objective: its cost in seconds (`price`); inf if there is no plan.
         bound: no plan costs less. gap: (objective - bound) / objective, 0 where optimal.
         slowest: seconds of the slowest stage.
-        runner_ups: other plans met in the search that use another mix of choices, best first; each is feasible and
-            priced exactly, but a better runner-up may not have been met.
+        runner_ups: other plans met in the search that use another mix of choices, best first; each is
+            feasible and priced exactly, but a better runner-up may not have been met.
         seconds: wall-clock time taken.
         status: "optimal" (gap at most the one asked for, by default `TOLERANCE`), "feasible" (time was up),
             "infeasible" (proven; see `missing`) or "unknown" (time was up before any plan was found).
@@ -118,7 +120,8 @@ def solve_stages(
     Args:
         problem: the stage problem.
         runner_ups: how many other plans to return at most.
-        seconds: wall-clock limit; the best plan so far is returned then (and on KeyboardInterrupt). None: no limit.
+        seconds: wall-clock limit; the best plan so far is returned then (and on KeyboardInterrupt). None: no
+            limit.
         gap: stop once (objective - bound) / objective is at most this.
         progress: called now and then with (objective, bound, gap, seconds since the start).
     Raises:
@@ -137,7 +140,10 @@ def solve_stages(
     if solution.status != "infeasible":
         return solution
     left = MISSING_SECONDS if seconds is None else max(0.5, seconds - solution.seconds)
-    missing = missing_memory(problem, left)
+    try:
+        missing = missing_memory(problem, left)
+    except KeyboardInterrupt:
+        missing = None
     return replace(solution, missing=missing, seconds=time.perf_counter() - search.began)
 
 

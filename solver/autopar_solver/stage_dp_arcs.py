@@ -1,4 +1,4 @@
-"""From a stage problem to arcs: the stages worth considering, each with the furthest position at which it fits."""
+"""From a stage problem to arcs: stages worth considering, each with the furthest position where it fits."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Arcs:
 
     @property
     def flat(self) -> tuple[Ints, ...]:
-        """The form the kernels take: (first, stop, kind, devices, last); first[i] is the first arc of layer i."""
+        """What the kernels take: (first, stop, kind, devices, last); first[i] is the first arc of layer i."""
         first = np.searchsorted(self.start, np.arange(self.layers + 2))
         return first, self.stop, self.kind, self.devices, self.last
 
 
 def arcs_of(problem: StageProblem) -> Arcs:
-    """All arcs of a problem that can be part of a plan, without those that another arc beats in everything."""
+    """All arcs that can be part of a plan, without those that another arc beats in everything."""
     fits = positions_that_fit(problem)
     devices = np.array([c.devices for c in problem.choices], np.int64)
     kinds = np.array([c.kind for c in problem.choices], np.int64)
@@ -92,7 +92,7 @@ def arcs_of(problem: StageProblem) -> Arcs:
 
 
 def positions_that_fit(problem: StageProblem) -> Ints:
-    """The furthest position from the end at which each stage fits in memory, 0 if it never does: int64 [C, L, L+1]."""
+    """The furthest position from the end where each stage fits, 0 if it never does: int64 [C, L, L+1]."""
     assert problem.max_stages is not None
     furthest = min(problem.max_stages, problem.layers)
     fits = np.zeros(problem.time.shape, np.int64)
@@ -102,7 +102,7 @@ def positions_that_fit(problem: StageProblem) -> Ints:
 
 
 def memory_over(problem: StageProblem, position: int) -> Array:
-    """Bytes by which each stage exceeds its limit at this position (negative: room left): float64 [C, L, L+1]."""
+    """Bytes by which each stage is over its limit at a position (negative: room): float64 [C, L, L+1]."""
     count = problem.in_flight_at(position)
     activations = problem.memory_per_microbatch * count if count else 0.0
     with np.errstate(invalid="ignore"):
@@ -132,8 +132,8 @@ def beaten(problem: StageProblem, fits: Ints, devices: Ints, kinds: Ints) -> Boo
 def _fold_positions(problem: StageProblem, last: Ints) -> tuple[Ints, int]:
     """Positions cut to the P that memory can tell apart.
 
-    No plan has more stages than layers, nor than the smallest choices allow; an arc that fits at all those positions
-    is unrestricted, and beyond the furthest position of a restricted arc all positions are alike.
+    No plan has more stages than layers, nor than the smallest choices allow; an arc that fits at all those
+    positions is unrestricted, and beyond the furthest position of a restricted arc all positions are alike.
     """
     smallest = [
         min((c.devices for c in problem.choices if c.kind == kind), default=count + 1)

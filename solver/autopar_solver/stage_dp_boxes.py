@@ -1,4 +1,4 @@
-"""Boxes: intervals of the slowest stage's time and of the largest fixed cost, with the arcs that may be used there."""
+"""Boxes: intervals of the slowest stage's time and the largest fixed cost, with the arcs allowed there."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autopar_solver.stage_dp_arcs import Arcs, Bools
-from autopar_solver.stage_dp_problem import Array, StageProblem
 from autopar_solver.stage_dp_prices import Prices
+from autopar_solver.stage_dp_problem import Array, StageProblem
 
 Interval = tuple[float, float]
 FIRST_CAP = 200  # labels per layer in a box's first pass
@@ -52,7 +52,8 @@ def width(problem: StageProblem, box: Box) -> float:
 def snap(problem: StageProblem, box: Box) -> Box:
     """The box with its intervals drawn in to values its arcs can take; its bound is inf if there are none.
 
-    A plan whose slowest stage lies below the interval belongs to another box, so values inside are all that count.
+    A plan whose slowest stage lies below the interval belongs to another box, so values inside are all that
+    count.
     """
     slow, extra = box.slow, box.extra
     if problem.weights.slowest:

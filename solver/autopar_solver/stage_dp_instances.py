@@ -1,4 +1,4 @@
-"""Realistic stage problems, generated: a transformer over nodes of unlike GPUs, priced by simple closed forms."""
+"""Realistic stage problems, generated: a transformer over nodes of unlike GPUs, by simple closed forms."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar_solver.stage_dp_problem import Array, Objective, StageProblem, SubmeshChoice, TrainStep
+
+TRAIN = TrainStep()
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ KINDS = (A100_80, A100_40, V100_32, V100_16)
 
 @dataclass(frozen=True)
 class Transformer:
-    """A decoder-only model: `layers` blocks of `hidden` features, micro-batches of `batch` x `sequence` tokens."""
+    """A decoder-only model: `layers` blocks of `hidden` features; `batch` sequences a micro-batch."""
 
     layers: int
     hidden: int
@@ -61,15 +63,16 @@ def transformer_problem(
     available: tuple[int, ...],
     *,
     microbatches: int = 64,
-    objective: Objective = TrainStep(),
+    objective: Objective = TRAIN,
     noise: float = 0.1,
     seed: int = 0,
 ) -> StageProblem:
     """A stage problem for a transformer on a mixed cluster.
 
-    Times are compute at a per-device efficiency that falls with the number of devices, plus tensor-parallel all-reduces
-    inside a node; devices of further nodes split the micro-batch and sync gradients once a step. Memory is 16 bytes a
-    parameter (mixed precision with Adam), split over the node, and the activations kept for the backward pass.
+    Times are compute at a per-device efficiency that falls with the number of devices, plus tensor-parallel
+    all-reduces inside a node; devices of further nodes split the micro-batch and sync gradients once a step.
+    Memory is 16 bytes a parameter (mixed precision with Adam), split over the node, and the activations kept
+    for the backward pass.
 
     Args:
         model: the model. kinds, available: the cluster.

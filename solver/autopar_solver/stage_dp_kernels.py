@@ -1,11 +1,11 @@
 """The three inner loops of the stage program: prefix bounds, suffix bounds, and labels. numba, arrays only.
 
-Words used throughout. An *arc* is a stage that may be chosen: layers [i, j) on a choice of kind k. A plan is a path of
-arcs from layer 0 to layer L. *Position* p counts stages from the end; positions of P and beyond behave alike (no memory
-limit tells them apart) and are stored as P. *Prices* lambda[k] are seconds per device of kind k: charging for devices
-instead of counting them turns the problem into a shortest path, whose length minus lambda * available is a lower bound
-for any lambda >= 0 (Lagrangian relaxation; Handler & Zang, "A dual algorithm for the constrained shortest path
-problem", Networks 1980).
+Words used throughout. An *arc* is a stage that may be chosen: layers [i, j) on a choice of kind k. A plan is
+a path of arcs from layer 0 to layer L. *Position* p counts stages from the end; positions of P and beyond
+behave alike (no memory limit tells them apart) and are stored as P. *Prices* lambda[k] are seconds per
+device of kind k: charging for devices instead of counting them turns the problem into a shortest path, whose
+length minus lambda * available is a lower bound for any lambda >= 0 (Lagrangian relaxation; Handler & Zang,
+"A dual algorithm for the constrained shortest path problem", Networks 1980).
 """
 # pyright: basic
 
@@ -23,8 +23,8 @@ def prefix_bounds(arcs, cost, transfer, prices, positions):
     """Cheapest priced way to run layers 0..i, for every layer i, kind of the next stage, and its position.
 
     Args:
-        arcs: (first [L+1], j, kind, devices, last): arcs leaving layer i are first[i]:first[i+1]; `last` is the
-            furthest position at which the arc fits in memory.
+        arcs: (first [L+1], j, kind, devices, last): arcs leaving layer i are first[i]:first[i+1]; `last` is
+            the furthest position at which the arc fits in memory.
         cost: [arcs] seconds. transfer: [L, K, K] seconds. prices: [K] seconds per device.
         positions: P.
     Returns:
@@ -86,8 +86,8 @@ def first_layer(first, arc):
 def through_bounds(arcs, cost, transfer, prices, positions, before):
     """For every arc, the priced length of the cheapest plan that uses it: [arcs].
 
-    The suffix half of `prefix_bounds`: after[i, k, p] is the cheapest priced way to run layers i..L whose first stage
-    is of kind k at position p.
+    The suffix half of `prefix_bounds`: after[i, k, p] is the cheapest priced way to run layers i..L whose
+    first stage is of kind k at position p.
     """
     first, stop, kind, devices, last = arcs
     layers, kinds = len(first) - 2, len(prices)
@@ -119,18 +119,19 @@ def through_bounds(arcs, cost, transfer, prices, positions, before):
 @njit(cache=True)
 def grow(array, size):
     """A copy of `array` with room for `size` rows."""
-    bigger = np.empty((size,) + array.shape[1:], array.dtype)
+    bigger = np.empty((size, *array.shape[1:]), array.dtype)
     bigger[: len(array)] = array
     return bigger
 
 
 @njit(cache=True)
 def undominated(order, value, whole, kind, scan):
-    """Which of the labels to keep, in `order` (by cost): those that no earlier kept label is at least as good as.
+    """Which of the labels to keep, in `order` (by cost): those that no earlier kept label is at least as
+    good as.
 
-    `value` [n, 3] holds cost, slowest stage and largest fixed cost, `whole` [n, K + 1] devices used per kind and the
-    position. Only the first `scan` kept labels of a kind are compared with (a label may be kept in vain), plus the
-    label last kept with the same devices, found by hashing.
+    `value` [n, 3] holds cost, slowest stage and largest fixed cost, `whole` [n, K + 1] devices used per kind
+    and the position. Only the first `scan` kept labels of a kind are compared with (a label may be kept in
+    vain), plus the label last kept with the same devices, found by hashing.
     """
     size = 1
     while size < 2 * len(order) + 1:
@@ -173,7 +174,7 @@ def beats(x, y, value, whole, kind, width):
         or value[x, 2] > value[y, 2]
     ):
         return False
-    for w in range(width):
+    for w in range(width):  # noqa: SIM110 (numba compiles no generators)
         if whole[x, w] > whole[y, w]:
             return False
     return True
@@ -185,10 +186,10 @@ def label_pass(
 ):
     """Suffixes of plans (labels), grown from the last layer to the first, best `cap` at each layer.
 
-    A label is a set of stages for layers i..L with its exact cost, slowest stage, largest fixed cost, devices used per
-    kind and position. It is dropped if its cost plus a bound on all that can come before it (`before`, one table per
-    row of `prices`, the largest counts) reaches `cut`; if another label is at least as good in everything; or, and
-    only this loses exactness, if there are more than `cap` at its layer.
+    A label is a set of stages for layers i..L with its exact cost, slowest stage, largest fixed cost,
+    devices used per kind and position. It is dropped if its cost plus a bound on all that can come before it
+    (`before`, one table per row of `prices`, the largest counts) reaches `cut`; if another label is at least
+    as good in everything; or, and only this loses exactness, if there are more than `cap` at its layer.
 
     Args:
         arcs, transfer: as in `prefix_bounds`. seconds, extra: [arcs] time and fixed cost.

@@ -10,7 +10,7 @@ import numpy as np
 from autopar_solver.stage_dp_problem import StagePlan, StageProblem, Stages, Throughput, price
 from autopar_solver.stage_dp_search import TOLERANCE, Search
 
-PRECISION = 1e-9  # relative; far below a byte of any real device
+PRECISION = 1e-6  # relative
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class MissingMemory:
     Attributes:
         bytes: how many bytes short the best assignment is at its worst stage.
         stages: that assignment. stage: index of its worst stage.
-        bound: no assignment is short of less; equal to `bytes` (to 1e-9) unless the time for the search was up.
+        bound: no assignment is short of less; within 1e-6 of `bytes` unless the time for the search was up.
     """
 
     bytes: float
@@ -44,18 +44,19 @@ def missing_memory(problem: StageProblem, seconds: float) -> MissingMemory | Non
         left = seconds - (time.perf_counter() - began)
         if left <= 0:
             break
-        found, proven = _fitting(problem, (low + best.shortfall) / 2, left)
+        middle = (low + best.shortfall) / 2 if low else best.shortfall / 16
+        found, proven = _fitting(problem, middle, left)
         if found is not None:
             best = found
         elif proven:
-            low = (low + best.shortfall) / 2
+            low = middle
         else:
             break
     return MissingMemory(best.shortfall, best.stages, best.tight, low)
 
 
 def _fitting(problem: StageProblem, extra: float, seconds: float) -> tuple[StagePlan | None, bool]:
-    """A plan that fits with `extra` bytes more on every device, priced by the real problem; whether "none" is proven."""
+    """A plan that fits with `extra` more bytes on every device, really priced; whether "none" is proven."""
     easier = replace(
         problem,
         time=np.where(np.isfinite(problem.time + problem.fixed), 0.0, np.inf),

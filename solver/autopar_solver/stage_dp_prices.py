@@ -1,10 +1,10 @@
 """Prices of devices: the Lagrangian bound of a set of arcs, by cutting planes.
 
-L(lambda) = min over plans of (cost + lambda * devices used) - lambda * available is concave and a lower bound on every
-plan that uses at most the devices there are. Its maximum is found by Kelley's method ("The cutting-plane method for
-solving convex programs", 1960): each shortest path is a cut, a small linear program proposes the next prices; the
-point tried lies between the proposal and the best prices so far, which steadies it (in-out separation; Ben-Ameur &
-Neto, Networks 2007).
+L(lambda) = min over plans of (cost + lambda * devices used) - lambda * available is concave and a lower
+bound on every plan that uses at most the devices there are. Its maximum is found by Kelley's method ("The
+cutting-plane method for solving convex programs", 1960): each shortest path is a cut, a small linear program
+proposes the next prices; the point tried lies between the proposal and the best prices so far, which
+steadies it (in-out separation; Ben-Ameur & Neto, Networks 2007).
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any
 import highspy
 import numpy as np
 
-from autopar_solver import stage_dp_kernels as kernels
+from autopar_solver import stage_dp_kernels
 from autopar_solver.stage_dp_arcs import Arcs, Ints
 from autopar_solver.stage_dp_problem import Array, StageProblem
 
+kernels: Any = stage_dp_kernels  # numba's functions have no types a checker could use
 INWARD = 0.5  # how far towards the best prices so far a proposal is drawn
 
 
 def priced_devices(prices: Array, available: Array | Ints) -> float:
-    """prices * available, a little more than it is, so that what it is taken from stays a lower bound despite round-off."""
+    """prices * available and a little more: what it is taken from stays a lower bound despite round-off."""
     return float(prices @ available) * (1 + kernels.ROUND_OFF)
 
 
@@ -86,7 +87,8 @@ class _Kelley:
         self.tried: list[tuple[float, Array, Array]] = []  # (L, prices, before)
         self.cuts: list[Cut] = []
         self.paths: list[Any] = []
-        # Where the objective has no sum to trade devices against, prices have no natural scale: their sum is fixed, so
+        # Where the objective has no sum to trade devices against, prices have no natural scale: their sum is
+        # fixed, so
         # high that a plan one device over costs more than any plan of interest.
         self.sum = 0.0 if total else 1000 * ceiling * max(1.0, float(self.available.max()))
         self.evaluate(np.zeros(len(self.available)))
@@ -132,16 +134,20 @@ class _Kelley:
             best = max(self.tried[1 if self.sum else 0 :], key=lambda entry: entry[0])
 
     def propose(self, radius: float) -> tuple[Array, float, bool]:
-        """The prices at which the cuts seen so far allow the most, that value, and whether `radius` held them back.
+        """The prices at which the cuts seen so far allow the most, that value, and whether `radius` held
+        them back.
 
-        The variables are scaled so that 1 means: all devices of the kind together cost as much as a plan does.
+        The variables are scaled so that 1 means: all devices of the kind together cost as much as a plan
+        does.
         """
         kinds = len(self.have)
         if self.highs is None:
             self.highs = self._linear_program(kinds)
         for cut in self.cuts[self.rows :]:
             entries = np.append(-cut.over / self.have, 1.0)
-            self.highs.addRow(-np.inf, cut.cost / self.scale, kinds + 1, np.arange(kinds + 1, dtype=np.int32), entries)
+            self.highs.addRow(
+                -np.inf, cut.cost / self.scale, kinds + 1, np.arange(kinds + 1, dtype=np.int32), entries
+            )
         self.rows = len(self.cuts)
         for k in range(kinds):
             self.highs.changeColBounds(k, 0.0, radius)
@@ -150,7 +156,11 @@ class _Kelley:
         if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal or len(solution) != kinds + 1:
             return self.tried[-1][1], np.inf, True
         scaled = np.maximum(solution[:-1], 0.0)
-        return scaled * self.scale / self.have, float(solution[-1]) * self.scale, bool((scaled >= 0.99 * radius).any())
+        return (
+            scaled * self.scale / self.have,
+            float(solution[-1]) * self.scale,
+            bool((scaled >= 0.99 * radius).any()),
+        )
 
     def _linear_program(self, kinds: int) -> Any:
         """max value subject to the cuts (none yet), over scaled prices."""

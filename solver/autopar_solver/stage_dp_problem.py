@@ -1,24 +1,26 @@
 """Stage problems: which layers run on which submesh, as arrays; and the exact cost of an answer.
 
-A model is a chain of L layers. A *stage* is a run of layers [i, j) on one *submesh choice* c: so many devices of one
-kind, in one shape. A plan cuts the chain into stages and gives each a choice, using at most the devices there are of
-each kind; kinds may come in any order along the pipeline, and devices may be left unused.
+A model is a chain of L layers. A *stage* is a run of layers [i, j) on one *submesh choice* c: so many
+devices of one kind, in one shape. A plan cuts the chain into stages and gives each a choice, using at most
+the devices there are of each kind; kinds may come in any order along the pipeline, and devices may be left
+unused.
 
-For a plan with stages s = 1..S, stage times t_s, once-a-step costs f_s and transfer times x_b at its inner boundaries,
-and B micro-batches, the objectives are
+For a plan with stages s = 1..S, stage times t_s, once-a-step costs f_s and transfer times x_b at its inner
+boundaries, and B micro-batches, the objectives are
 
     TrainStep    sum t_s + sum x_b + (B - 1) * max g_s + max f_s
     Latency      sum t_s + sum x_b
     Throughput   max g_s
 
-where g_s = t_s, or t_s plus the transfer that follows the stage when `transfer_blocks` is set (a device that cannot
-compute while it sends). TrainStep is the time of a 1F1B or GPipe step in Alpa's model (Zheng et al., OSDI 2022,
-Sec. 5.2) with two terms it lacks: transfers, and the work that stages do once a step side by side (gradient
-synchronisation, the optimizer), which ends when the slowest is done.
+where g_s = t_s, or t_s plus the transfer that follows the stage when `transfer_blocks` is set (a device that
+cannot compute while it sends). TrainStep is the time of a 1F1B or GPipe step in Alpa's model (Zheng et al.,
+OSDI 2022, Sec. 5.2) with two terms it lacks: transfers, and the work that stages do once a step side by side
+(gradient synchronisation, the optimizer), which ends when the slowest is done.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -42,7 +44,8 @@ class SubmeshChoice:
     Attributes:
         kind: index into `StageProblem.available`.
         devices: how many devices of that kind it takes, at least 1.
-        name: what a report should call it, such as "8xV100 (2, 4)". Two choices may differ in their shape only.
+        name: what a report should call it, such as "8xV100 (2, 4)". Two choices may differ in their shape
+            only.
     """
 
     kind: int
@@ -68,7 +71,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Seconds between two micro-batches in the steady state: the slowest stage (see `TrainStep.transfer_blocks`)."""
+    """Seconds between two micro-batches in the steady state: the slowest stage (see `TrainStep`)."""
 
     transfer_blocks: bool = False
 
@@ -126,14 +129,15 @@ class StageProblem:
         memory_per_microbatch: like `time`, bytes per device for each micro-batch in flight. Default 0.
         limit: float64 [C], bytes a device of that choice has. Default inf.
         microbatches: B, at least 1.
-        in_flight: micro-batches in flight at position p = 1, 2, … from the end (the last stage is p = 1); the last
-            entry holds for all further positions; it must not decrease. Empty: `one_f_one_b(B)`. A stage fits if
-            `memory_fixed + in_flight[p] * memory_per_microbatch <= limit`.
+        in_flight: micro-batches in flight at position p = 1, 2, … from the end (the last stage is p = 1);
+            the last entry holds for all further positions; it must not decrease. Empty: `one_f_one_b(B)`. A
+            stage fits if `memory_fixed + in_flight[p] * memory_per_microbatch <= limit`.
         objective: what is minimised.
         max_stages: at most so many stages. Default L.
 
     Raises:
-        StageProblemError: an array has a wrong shape, or a NaN or negative entry, or an index is out of range.
+        StageProblemError: an array has a wrong shape, or a NaN or negative entry, or an index is out of
+        range.
     """
 
     choices: tuple[SubmeshChoice, ...]
@@ -154,7 +158,8 @@ class StageProblem:
         shape = np.shape(self.time)
         if len(shape) != 3 or shape[0] != len(self.choices) or shape[1] < 1 or shape[2] != shape[1] + 1:
             raise StageProblemError(
-                f"time must have shape (choices, layers, layers + 1) with {len(self.choices)} choices, got {shape}"
+                f"time must have shape (choices, layers, layers + 1) with {len(self.choices)} choices, "
+                f"got {shape}"
             )
         kinds, layers = len(self.available), shape[1]
         self._set("time", self.time, shape)
@@ -175,14 +180,15 @@ class StageProblem:
         for index, choice in enumerate(self.choices):
             if not 0 <= choice.kind < len(self.available) or choice.devices < 1:
                 raise StageProblemError(
-                    f"choices[{index}] = {choice} needs a kind in 0..{len(self.available) - 1} and devices >= 1"
+                    f"choices[{index}] = {choice} needs a kind in 0..{len(self.available) - 1} "
+                    "and devices >= 1"
                 )
         if self.microbatches < 1:
             raise StageProblemError(f"microbatches must be at least 1, got {self.microbatches}")
         if self.max_stages is not None and self.max_stages < 1:
             raise StageProblemError(f"max_stages must be at least 1, got {self.max_stages}")
         counts = self.in_flight
-        if counts and (counts[0] < 0 or any(a > b for a, b in zip(counts, counts[1:]))):
+        if counts and (counts[0] < 0 or any(a > b for a, b in itertools.pairwise(counts))):
             raise StageProblemError(f"in_flight must be >= 0 and never decrease, got {counts}")
 
     def _set(self, name: str, value: ArrayLike, shape: tuple[int, ...]) -> None:
@@ -254,9 +260,11 @@ def price(problem: StageProblem, stages: Sequence[tuple[int, int, int]]) -> Stag
         problem: the stage problem.
         stages: (start, stop, choice) per stage, in pipeline order.
     Returns:
-        The plan with its objective (inf if a stage is impossible or a crossing forbidden), slowest stage and shortfall.
+        The plan with its objective (inf if a stage is impossible or a crossing forbidden), slowest stage and
+        shortfall.
     Raises:
-        StageProblemError: the stages don't cover the layers in order, are too many, or take more devices than there are.
+        StageProblemError: the stages don't cover the layers in order, are too many, or take more devices
+        than there are.
     """
     _check_cover(problem, stages)
     total = slowest = fixed = 0.0

@@ -7,16 +7,18 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from autopar_solver import stage_dp_boxes as boxes
-from autopar_solver import stage_dp_kernels as kernels
+from autopar_solver import stage_dp_kernels
 from autopar_solver.stage_dp_arcs import Arcs, arcs_of
 from autopar_solver.stage_dp_boxes import Box, Interval
 from autopar_solver.stage_dp_prices import price_devices, priced_devices
 from autopar_solver.stage_dp_problem import Array, StagePlan, StageProblem, Stages, price
 
+kernels: Any = stage_dp_kernels  # numba's functions have no types a checker could use
 TOLERANCE = 1e-9
 SCAN = 400  # labels each new one is compared with
 MOST_CAP = 200_000  # labels per layer beyond which a box is given up
@@ -34,7 +36,8 @@ class Search:
         problem: what is solved. limit: wall-clock seconds or None. goal: the gap at which to stop.
         progress: called with (objective, bound, gap, seconds). any_plan: stop at the first plan.
         interrupted: stopped before the end. proven: ran to its end.
-        lost: least bound of what was given up. best: the best plan. plans: plans met. open: boxes to be searched.
+        lost: least bound of what was given up. best: the best plan. plans: plans met. open: boxes to be
+            searched.
     """
 
     problem: StageProblem
@@ -56,17 +59,16 @@ class Search:
         self.ceiling = math.inf
         self.floor = 0.0
 
-    # -- the loop -------------------------------------------------------------------------------------------------
+    # -- the loop
+    # -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Branch and bound over boxes, best bound first."""
         arcs = arcs_of(self.problem)
         self.ceiling = self._ceiling(arcs)
         if len(arcs):
-            slow, extra = (
-                self._range(arcs.slow, self.weights.slowest),
-                self._range(arcs.extra, self.weights.fixed),
-            )
+            slow = self._range(arcs.slow, self.weights.slowest)
+            extra = self._range(arcs.extra, self.weights.fixed)
             self._push(Box(0.0, slow, extra, arcs))
         while self.open:
             if self._out_of_time() or (self.any_plan and self.best is not None):
@@ -112,7 +114,8 @@ class Search:
         if box.bound < self.cut:
             heapq.heappush(self.open, box)
 
-    # -- one box --------------------------------------------------------------------------------------------------
+    # -- one box
+    # --------------------------------------------------------------------------------------------------
 
     def _tighten(self, box: Box) -> Box:
         """The box with new prices and bound, without the arcs that no plan below the cut can use."""
@@ -150,7 +153,12 @@ class Search:
         )
         slow = np.maximum(arcs.slow, box.slow[0])
         extra = np.maximum(arcs.extra, box.extra[0])
-        return priced - priced_devices(row, self.available) + self.weights.slowest * slow + self.weights.fixed * extra
+        return (
+            priced
+            - priced_devices(row, self.available)
+            + self.weights.slowest * slow
+            + self.weights.fixed * extra
+        )
 
     def _labels(self, box: Box) -> float:
         """Run the label program on a box; the least bound of what it left out (inf: nothing)."""
@@ -176,7 +184,8 @@ class Search:
             self._offer(arcs, path[path >= 0])
         return float(dropped)
 
-    # -- plans, bounds, time --------------------------------------------------------------------------------------
+    # -- plans, bounds, time
+    # --------------------------------------------------------------------------------------
 
     @property
     def objective(self) -> float:
@@ -236,13 +245,12 @@ class Search:
         least = min([box.bound for box in self.open] + [self.lost], default=math.inf)
         if not self.proven:
             least = min(least, self.floor)
-        return min(least, self.objective * (1 - TOLERANCE)) if self.best is not None else least
+        if self.best is None:
+            return least
+        # Whatever was dropped was at least the cut of that time, which was no less than today's.
+        return min(least, self.cut, self.objective * (1 - TOLERANCE))
 
     def _report(self, bound: float) -> None:
         if self.progress is not None:
-            gap = (
-                (self.objective - bound) / self.objective
-                if self.best is not None and self.objective
-                else math.inf
-            )
+            gap = (self.objective - bound) / self.objective if self.best and self.objective else math.inf
             self.progress(self.objective, bound, gap, time.perf_counter() - self.began)
