@@ -56,7 +56,7 @@ class DistributedArray:
         session: Session,
         home: Home,
         generation: Generation | None,
-        pending: Sequence[Callable[[], list[Array]]] | None = None,
+        pending: Sequence[Callable[[], Sequence[Array]]] | None = None,
     ):
         self.name, self.shape, self.dtype = name, shape, dtype
         self.session, self.home = session, home
@@ -93,7 +93,7 @@ class DistributedArray:
         stale."""
         self.check()
         if self._pending is None:
-            waits = [self.session.fetch(stage, [buffer]) for stage, buffer in self.home.pieces]
+            waits = [self.session.fetcher(stage, [buffer])() for stage, buffer in self.home.pieces]
             return assemble([wait()[0] for wait in waits], self.dtype)
         return assemble([x for wait in self._pending for x in wait()], self.dtype)
 
@@ -175,7 +175,7 @@ def fetch(tree: Any) -> Any:
             sessions[id(leaf.session)] = leaf.session
             for stage, buffer in leaf.home.pieces:
                 asked.setdefault((id(leaf.session), stage), []).append(buffer)
-    waits = {key: sessions[key[0]].fetch(key[1], buffers) for key, buffers in asked.items()}
+    waits = {key: sessions[key[0]].fetcher(key[1], buffers)() for key, buffers in asked.items()}
     got = {(*key, b): x for key, wait in waits.items() for b, x in zip(asked[key], wait())}
 
     def host(leaf: Any) -> Any:

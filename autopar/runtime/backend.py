@@ -60,12 +60,11 @@ class Session(Protocol):
         """Returns the measured timeline of one step, waiting for every instruction's result."""
         ...
 
-    def fetch(self, stage: int, buffers: Sequence[Buffer]) -> Callable[[], list[Array]]:
-        """Starts fetching what a stage's buffers hold after the last step; returns a function that waits for
-        it.
+    def fetcher(self, stage: int, buffers: Sequence[Buffer]) -> Callable[[], Callable[[], Sequence[Array]]]:
+        """Returns a function that starts fetching what these buffers hold, and returns one that waits for it.
 
-        A session that is not `local` gives whole numpy arrays, of a typed PRNG key its key data. What is
-        fetched is what the buffers hold now, whatever steps are started before the function is called.
+        What is fetched is what the steps started so far leave in the buffers, whatever is started later. A
+        session that is not `local` gives whole numpy arrays, of a typed PRNG key its key data.
         """
         ...
 

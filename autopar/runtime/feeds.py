@@ -24,6 +24,8 @@ def read(leaf: Any, x: Any) -> Array:
         leaf: a `trace.traced.Leaf`.
         x: an array, or a Python number where a scalar is expected.
     """
+    if type(x) is np.ndarray and x.shape == leaf.shape and x.dtype == as_dtype(leaf.dtype):
+        return x
     if isinstance(x, DistributedArray):
         x.check()
     elif isinstance(x, jax.Array) and x.is_deleted():

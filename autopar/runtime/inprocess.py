@@ -27,7 +27,7 @@ from autopar.runtime import layout
 from autopar.runtime.backend import StageMemory
 from autopar.runtime.interpreter import Interpreter
 from autopar.runtime.lower import lower
-from autopar.runtime.segments import Compiled, consumed, donations, slots
+from autopar.runtime.segments import Compiled, consumed, donations, read_once, slots
 from autopar.runtime.transfer import LocalTransport, own, share
 
 Array = Any
@@ -64,6 +64,7 @@ class InProcessSession:
         self._slots = [slots(stage, worker) for stage, worker in zip(plan.stages, program)]
         self.segments = self._lower(traced)
         self._consumed = [consumed(worker) for worker in program]
+        self._read_once = [read_once(worker) for worker in program]
         self.transport = LocalTransport(self._slots, self.sharding)
         self.interpreters = [
             Interpreter(worker, self.segments, self.transport.post(s), lambda b, s=s: self.sharding(s, b))
@@ -124,9 +125,14 @@ class InProcessSession:
         events.sort(key=lambda event: event.start)
         return Timeline(tuple(events), tuple(map(stage_name, range(len(self.meshes)), self.plan.stages)))
 
-    def fetch(self, stage: int, buffers: Sequence[Buffer]) -> Callable[[], list[Array]]:
-        arrays = self.interpreters[stage].fetch(buffers)
-        return lambda: arrays
+    def fetcher(self, stage: int, buffers: Sequence[Buffer]) -> Callable[[], Callable[[], Sequence[Array]]]:
+        get = self.interpreters[stage].getter(buffers)
+
+        def fetch() -> Callable[[], Sequence[Array]]:
+            arrays = get()
+            return lambda: arrays
+
+        return fetch
 
     def compile(self) -> None:
         for segment in self.segments.values():
@@ -164,9 +170,15 @@ class InProcessSession:
 
     def _feed(self, feeds: Sequence[Mapping[Buffer, Array]]) -> None:
         for stage, feed in enumerate(feeds):
-            shardings = [self.sharding(stage, buffer) for buffer in feed]
-            arrays = jax.device_put(list(feed.values()), shardings)
-            self.interpreters[stage].load(dict(zip(feed, arrays)))
+            once, moving = self._read_once[stage], dict[Buffer, Array]()
+            for buffer, x in feed.items():
+                local = isinstance(x, jax.Array) and x.sharding == self.sharding(stage, buffer)
+                if not local and not (buffer in once and not isinstance(x, jax.Array)):
+                    moving[buffer] = x
+            if moving:
+                placed = jax.device_put(list(moving.values()), [self.sharding(stage, b) for b in moving])
+                feed = {**feed, **dict(zip(moving, placed))}
+            self.interpreters[stage].load(feed)
 
     @cached_property
     def _order(self) -> list[tuple[int, int]]:

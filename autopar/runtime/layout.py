@@ -37,7 +37,7 @@ def named(jmesh: JaxMesh, spec: Spec) -> NamedSharding:
     return NamedSharding(jmesh, PartitionSpec(*(dim[0] if len(dim) == 1 else dim or None for dim in spec)))
 
 
-def struct(jmesh: JaxMesh, shape: tuple[int, ...], dtype: Any, spec: Spec, name: str) -> jax.ShapeDtypeStruct:
+def struct(jmesh: JaxMesh, shape: tuple[int, ...], dtype: str, spec: Spec, name: str) -> jax.ShapeDtypeStruct:
     """Returns what a compiled function takes or gives for a value kept in `spec`.
 
     Raises:
@@ -54,19 +54,16 @@ def struct(jmesh: JaxMesh, shape: tuple[int, ...], dtype: Any, spec: Spec, name:
     return jax.ShapeDtypeStruct(shape, as_dtype(dtype), sharding=named(jmesh, spec))
 
 
-def as_dtype(name: Any) -> Any:
+@functools.cache
+def as_dtype(name: str) -> Any:
     """Returns the JAX dtype of a name in a plan; "key<fry>" is a typed PRNG key."""
-    if isinstance(name, str) and name.startswith("key<"):
-        return _key_dtype(_KEYS.get(name[4:-1], name[4:-1]))
+    if name.startswith("key<"):
+        impl = _KEYS.get(name[4:-1], name[4:-1])
+        return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
     return jax.numpy.dtype(name)
 
 
 _KEYS = {"fry": "threefry2x32", "urbg": "unsafe_rbg"}
-
-
-@functools.cache
-def _key_dtype(impl: str) -> Any:
-    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
 
 
 def slot_sharding(jmesh: JaxMesh, slot: Slot) -> NamedSharding:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from autopar.core.graph import Equation
 from autopar.core.plan import LoopLayouts, ShardingPlan
 from autopar.core.program import Segment
 from autopar.core.spec import Spec, replicated

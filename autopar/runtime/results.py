@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from autopar.core.program import Buffer, Program
@@ -12,7 +13,7 @@ from autopar.runtime.backend import Session
 from autopar.runtime.layout import as_dtype
 
 Array = Any
-Waits = list[Callable[[], list[Array]]]
+Waits = list[Callable[[], Sequence[Array]]]
 """Per stage, a function that gives what was asked of it."""
 
 
@@ -37,16 +38,27 @@ class Results:
         held = [set(worker.state) for worker in program]
         self._state = [all(b in held[s] for s, b in home.pieces) for home in self._homes]
         now = [home for home, state in zip(self._homes, self._state) if session.local or not state]
-        self._asked = [
+        asked = [
             tuple(dict.fromkeys(b for home in now for s, b in home.pieces if s == stage))
             for stage in range(len(held))
         ]
-        self._place = {(s, b): k for s, asked in enumerate(self._asked) for k, b in enumerate(asked)}
+        self._fetch = [session.fetcher(stage, buffers) for stage, buffers in enumerate(asked)]
+        self._place = {(s, b): k for s, buffers in enumerate(asked) for k, b in enumerate(buffers)}
+        self._pick = self._picker([len(buffers) for buffers in asked]) if session.local else None
 
-    def __call__(self, generation: Generation) -> list[Any]:
+    def __call__(self, generation: Generation) -> Sequence[Any]:
         """Returns the leaves of the step that was just started; its state goes stale with `generation`."""
-        waits = [functools.cache(self._session.fetch(s, asked)) for s, asked in enumerate(self._asked)]
+        if self._pick is not None:
+            return self._pick([x for fetch in self._fetch for x in fetch()()])
+        waits = [functools.cache(fetch()) for fetch in self._fetch]
         return [self._leaf(k, waits, generation) for k in range(len(self._leaves))]
+
+    def _picker(self, counts: list[int]) -> Callable[[list[Array]], Sequence[Array]] | None:
+        """What picks the leaves from all that was fetched, where every leaf is one array; else None."""
+        if len(self._homes) < 2 or any(len(home.pieces) != 1 for home in self._homes):
+            return None
+        start = [sum(counts[:stage]) for stage in range(len(counts))]
+        return itemgetter(*(start[s] + self._place[s, b] for home in self._homes for s, b in home.pieces))
 
     def _leaf(self, k: int, waits: Waits, generation: Generation) -> Any:
         leaf, home = self._leaves[k], self._homes[k]
@@ -60,7 +72,7 @@ class Results:
         dtype = as_dtype(leaf.dtype)
         return DistributedArray(leaf.path, leaf.shape, dtype, self._session, home, stale, pending)
 
-    def _piece(self, waits: Waits, piece: tuple[int, Buffer]) -> Callable[[], list[Array]]:
+    def _piece(self, waits: Waits, piece: tuple[int, Buffer]) -> Callable[[], Sequence[Array]]:
         wait, place = waits[piece[0]], self._place[piece]
         return lambda: [wait()[place]]
 

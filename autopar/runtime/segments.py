@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 
 from autopar.core.plan import Stage
-from autopar.core.program import Buffer, Rename, Run, Slot, Worker
+from autopar.core.program import Buffer, Free, Rename, Run, Slot, Worker, reads
 from autopar.runtime.lower import Lowered
 
 Array = Any
@@ -52,23 +53,48 @@ class Compiled:
 
 
 def donations(worker: Worker) -> dict[str, tuple[int, ...]]:
-    """Returns segment → input positions that every Run of it may give up.
+    """Returns segment → input positions whose memory the segment may take.
 
-    Only positions that all Runs agree on, so that a segment is compiled once; and no feeds, which may be the
+    That is what the program donates, and state that is replaced before anything reads it again. Only
+    positions that all Runs of a segment agree on, so that it is compiled once; and no feeds, which may be the
     caller's own arrays.
     """
-    feeds, agreed = set(worker.feeds), dict[str, set[int]]()
-    for run in worker.instructions:
+    feeds, agreed, replaced = set(worker.feeds), dict[str, set[int]](), _replaced(worker)
+    for n, run in enumerate(worker.instructions):
         if isinstance(run, Run):
-            mine = {k for k in run.donated if run.inputs[k] not in feeds}
+            mine = {k for k in run.donated if run.inputs[k] not in feeds} | replaced[n]
             agreed[run.segment] = agreed.get(run.segment, mine) & mine
     return {name: tuple(sorted(positions)) for name, positions in agreed.items()}
 
 
+def _replaced(worker: Worker) -> dict[int, set[int]]:
+    """Returns instruction → positions of state inputs that one of its outputs replaces before they are read
+    again."""
+    state, found = set(worker.state), dict[int, set[int]]()
+    heir: dict[Buffer, Buffer | None] = {}  # buffer → what takes its name next; None: it is read before
+    for n in range(len(worker.instructions) - 1, -1, -1):
+        instruction = worker.instructions[n]
+        if isinstance(instruction, Run):
+            made = set(instruction.outputs)
+            found[n] = {k for k, b in enumerate(instruction.inputs) if b in state and heir.get(b) in made}
+        heir.update(dict.fromkeys(reads(instruction)))
+        if isinstance(instruction, Rename):
+            heir[instruction.new] = instruction.old
+    return found
+
+
 def consumed(worker: Worker) -> frozenset[Buffer]:
     """Returns the buffers whose memory some Run takes."""
+    taken = donations(worker)
     runs = (i for i in worker.instructions if isinstance(i, Run))
-    return frozenset(run.inputs[k] for run in runs for k in run.donated)
+    return frozenset(run.inputs[k] for run in runs for k in (*run.donated, *taken[run.segment]))
+
+
+def read_once(worker: Worker) -> frozenset[Buffer]:
+    """Returns the feeds that one Run reads and nothing else: a numpy array can be handed to it as it is."""
+    readers = Counter(b for i in worker.instructions for b in reads(i) if not isinstance(i, Free))
+    ran = {b for i in worker.instructions if isinstance(i, Run) for b in i.inputs}
+    return frozenset(b for b in worker.feeds if readers[b] == 1 and b in ran)
 
 
 def slots(stage: Stage, worker: Worker) -> dict[int, Slot]:
