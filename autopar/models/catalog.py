@@ -215,7 +215,7 @@ def _model_step(name: str, step: Any, init: Any, make_batch: Any, batch: int, ti
     args = jax.eval_shape(init, key), jax.eval_shape(make_batch, key)
     parameters = count_parameters(getattr(args[0], "params", args[0]))
     title = f"{title}, {_short(parameters)} parameters"
-    return ModelStep(name, step, args, jax.jit(init), jax.jit(make_batch), batch, parameters, title)
+    return ModelStep(name, step, args, init, make_batch, batch, parameters, title)
 
 
 def _short(count: int) -> str:

@@ -120,7 +120,8 @@ def run_blocks(config: GPTConfig, x: Array, deterministic: bool) -> Array:
 
 def init(config: GPTConfig, key: Array) -> Any:
     """Returns random parameters for `GPT(config)`."""
-    return GPT(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return GPT(config).lazy_init(key, tokens)["params"]
 
 
 def forward(config: GPTConfig, params: Any, tokens: Array) -> Array:

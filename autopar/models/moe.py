@@ -210,7 +210,8 @@ class MoE(nn.Module):
 
 def init(config: MoEConfig, key: Array) -> Any:
     """Returns random parameters for `MoE(config)`."""
-    return MoE(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return MoE(config).lazy_init(key, tokens)["params"]
 
 
 def forward(config: MoEConfig, params: Any, tokens: Array) -> Array:

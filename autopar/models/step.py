@@ -40,7 +40,8 @@ class ModelStep:
         step: pure function of two trees. Training: `(state, batch) → (state, loss)`; forward:
             `(params, inputs) → logits`; decode: `(params, DecodeInput) → (logits, cache)`.
         args: shapes of those two trees, as `jax.ShapeDtypeStruct`s.
-        init: `init(key)` makes the first tree for real.
+        init: `init(key)` makes the first tree for real, leaf by leaf: leaves of one shape share a compiled
+            generator, so depth costs no compilation. It may be jitted (with `out_shardings`, say).
         make_batch: `make_batch(key)` makes the second for real, of random data.
         batch: examples per step.
         parameters: number of parameters.

@@ -134,7 +134,8 @@ class WideResNet(nn.Module):
 
 def init(config: WideResNetConfig, key: Array) -> Any:
     """Returns random parameters for `WideResNet(config)`."""
-    return WideResNet(config).init(key, jnp.zeros((1, config.image, config.image, 3)))["params"]
+    images = jax.ShapeDtypeStruct((1, config.image, config.image, 3), jnp.float32)
+    return WideResNet(config).lazy_init(key, images)["params"]
 
 
 def forward(config: WideResNetConfig, params: Any, images: Array) -> Array:
