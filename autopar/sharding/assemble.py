@@ -18,6 +18,10 @@ Floats = npt.NDArray[np.float64]
 Sizes = Callable[[Value], int]
 
 
+TIE_BREAK = 1e-18
+"""Seconds per byte that decide between plans of equal time: a gigabyte is worth a nanosecond."""
+
+
 @dataclass(frozen=True)
 class Costs:
     """A choice problem in seconds and bytes.
@@ -42,10 +46,8 @@ def assemble(model: Model, grid: Grid, nbytes: Sizes, items: tuple[Item, ...], p
     nodes = [node.cost.copy() for node in model.nodes]
     for step in model.steps:
         nodes[step.node] += step.times * np.array([way.total for way in step.ways])
-    if price:
-        for item in items:
-            if item.lasting:
-                nodes[item.node] += price * item.nbytes
+    for item in items:
+        nodes[item.node] += (price if item.lasting else 0.0) * item.nbytes + TIE_BREAK * item.nbytes
     edges: dict[tuple[int, int], Floats] = {}
     for read in model.reads:
         a, b = read.source.node, read.target.node
