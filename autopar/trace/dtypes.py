@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from autopar.trace import compat
 from autopar.trace.rules import signature
@@ -21,7 +21,9 @@ def mentions(equation: JaxprEqn, names: Mapping[str, str]) -> bool:
     avals: list[Any] = [a.aval for a in (*equation.invars, *equation.outvars)]
     if any(str(getattr(a, "dtype", "")) in names for a in avals):
         return True
-    return any(_swapped(value, names) is not value for value in equation.params.values())
+    if any(mentions(e, names) for inner in compat.inner_jaxprs(equation) for e in inner.jaxpr.eqns):
+        return True
+    return any(_names_dtype(value, names) for value in equation.params.values())
 
 
 def substituted(equation: JaxprEqn, names: Mapping[str, str]) -> JaxprEqn | None:
@@ -30,9 +32,10 @@ def substituted(equation: JaxprEqn, names: Mapping[str, str]) -> JaxprEqn | None
     Parameters that name a dtype and literals are rewritten; the results must then have the captured shapes, in the
     dtypes that `names` makes of the captured ones.
     """
-    if compat.inner_jaxprs(equation):
+    try:
+        params = {k: _swapped(v, names) for k, v in equation.params.items()}
+    except _Meant:
         return None
-    params = {k: _swapped(v, names) for k, v in equation.params.items()}
     if isinstance(params.get("precision"), lax.DotAlgorithm | lax.DotAlgorithmPreset):
         params["precision"] = None  # it names the product's dtype
     invars = [_literal(a, names) if isinstance(a, Literal) else _variable(a, names) for a in equation.invars]
@@ -66,11 +69,50 @@ def _evaluate(equation: JaxprEqn, *operands: Any) -> list[Any]:
     return compat.evaluate(equation, operands)
 
 
+class _Meant(Exception):
+    """An equation inside of a parameter means the dtype's own bits."""
+
+
 def _swapped(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, tuple) and any(isinstance(item, ClosedJaxpr | Jaxpr) for item in value):
+        return tuple(_swapped(item, names) for item in value)  # the branches of a cond
+    if isinstance(value, ClosedJaxpr):
+        return ClosedJaxpr(_jaxpr(value.jaxpr, names), [_constant(c, names) for c in value.consts])
+    if isinstance(value, Jaxpr):
+        return _jaxpr(value, names)
+    return jnp.dtype(names[np.dtype(value).name]) if _names_dtype(value, names) else value
+
+
+def _names_dtype(value: Any, names: Mapping[str, str]) -> bool:
     is_dtype = isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic))
-    if is_dtype and np.dtype(value).name in names:
-        return jnp.dtype(names[np.dtype(value).name])
-    return value
+    return is_dtype and np.dtype(value).name in names
+
+
+def _constant(value: Any, names: Mapping[str, str]) -> Any:
+    target = names.get(str(getattr(value, "dtype", "")))
+    return value if target is None else jnp.asarray(value, target)
+
+
+def _jaxpr(jaxpr: Jaxpr, names: Mapping[str, str]) -> Jaxpr:
+    """Returns a jaxpr with every variable, literal and parameter in the other dtypes."""
+    env: dict[Any, Any] = {v: _variable(v, names) for v in (*jaxpr.constvars, *jaxpr.invars)}
+
+    def read(atom: Any) -> Any:
+        return _literal(atom, names) if isinstance(atom, Literal) else env[atom]
+
+    equations = []
+    for equation in jaxpr.eqns:
+        other = substituted(equation, names)
+        if other is None:
+            raise _Meant
+        env.update(zip(equation.outvars, other.outvars))
+        equations.append(other.replace(invars=[read(a) for a in equation.invars]))
+    return jaxpr.replace(
+        constvars=[env[v] for v in jaxpr.constvars],
+        invars=[env[v] for v in jaxpr.invars],
+        outvars=[read(a) for a in jaxpr.outvars],
+        eqns=equations,
+    )
 
 
 def _literal(literal: Literal, names: Mapping[str, str]) -> Literal:

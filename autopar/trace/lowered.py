@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxlib.mlir import ir, passmanager
@@ -33,13 +33,12 @@ class Composer:
 
     Attributes:
         pool: the factors.
-        notes: names of ops for which nothing was known; their tensors are fixed.
     """
 
     def __init__(self, module: Any):
         self._module = module  # owns the ops read below
         self.pool = Pool()
-        self.notes: list[str] = []
+        self._notes: list[tuple[str, Factors]] = []
         self._tensors: dict[Any, Tensor] = {}
         functions = [o for o in module.regions[0].blocks[0].operations if o.operation.name == "func.func"]
         self._functions = {o.attributes["sym_name"].value: o for o in functions}
@@ -91,8 +90,7 @@ class Composer:
         elif name.startswith("chlo.") and len({_shape(v) for v in [*op.operands, *op.results]}) == 1:
             self._elementwise(op)
         else:
-            self.notes.append(name)
-            self._fix(*op.operands, *op.results)
+            self._fix(name, *op.operands, *op.results)
 
     def _call(self, op: Any, callee: str) -> None:
         block = self._functions[callee].regions[0].blocks[0]
@@ -131,8 +129,15 @@ class Composer:
             self.pool.fixed.add(last)
             self._tensors[result] = [*operand[:-1], [last]]
 
-    def _fix(self, *values: Any) -> None:
-        self.pool.fixed.update(f for v in values for dim in self._get(v) for f in dim)
+    def _fix(self, name: str, *values: Any) -> None:
+        factors = [f for v in values for dim in self._get(v) for f in dim]
+        self.pool.fixed.update(factors)
+        self._notes.append((name, factors))
+
+    def notes_on(self, tensors: Iterable[Tensor | None]) -> list[str]:
+        """Returns the names of the ops on these tensors' factors of which nothing was known; they are fixed."""
+        used = set(self.pool.leaves(f for t in tensors if t is not None for dim in t for f in dim))
+        return [name for name, factors in self._notes if used & set(self.pool.leaves(factors))]
 
     def _tie(self, some: Tensor, others: Tensor) -> None:
         for a, b in zip(some, others):
@@ -145,6 +150,10 @@ class Composer:
         whole = {factors[k] for k in [*rule.need_replication_factors, *rule.permutation_factors]}
         if op.name == "stablehlo.reduce" and len(op.results) > 1:
             whole |= reductions  # an argmax has no all-reduce: XLA gathers
+        if op.name == "stablehlo.custom_call":  # a library's kernel: a dim of its own can be cut on neither side
+            sides = [rule.operand_mappings, rule.result_mappings]
+            used = [{f for t in side for d in _dims(t, factors) for f in d} for side in sides]
+            whole |= used[0] ^ used[1]
         self.pool.reduced |= reductions
         self.pool.fixed |= whole
         for value, mapping in zip(op.operands, rule.operand_mappings):

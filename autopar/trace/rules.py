@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -13,8 +13,11 @@ from autopar.core.graph import Rule
 from autopar.trace import compat
 from autopar.trace.lowered import Composer, with_rules
 
-STRUCTURED = frozenset({"scan", "while", "cond", "autopar_grad", "shard_map", "pallas_call"})
-"""Equations that hold jaxprs of their own: they have no rule as a whole."""
+STRUCTURED = frozenset({"scan", "autopar_grad", "shard_map", "pallas_call"})
+"""Equations that hold jaxprs of their own and have no rule as a whole."""
+
+_NESTED = frozenset({"while", "cond"})
+"""Equations whose rule is that of what is inside; sums inside are finished inside, so they leave nothing partial."""
 
 
 @dataclass
@@ -105,7 +108,10 @@ def read_rules(equations: Sequence[JaxprEqn], module: Any) -> list[Rule]:
         # A typed PRNG key is lowered with the dims of its data behind its own.
         operands = [t and t[: len(a.aval.shape)] for t, a in zip(operands, equation.invars)]  # type: ignore[attr-defined]
         made = [t[: len(v.aval.shape)] for t, v in zip(made, equation.outvars)]  # type: ignore[attr-defined]
-        rules.append(composer.pool.rule(operands, made))
+        rule = composer.pool.rule(operands, made, composer.notes_on([*operands, *made]))
+        if equation.primitive.name in _NESTED:
+            rule = replace(rule, reductions=(), fixed=tuple(sorted({*rule.fixed, *rule.reductions})))
+        rules.append(rule)
     return rules
 
 

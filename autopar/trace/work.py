@@ -32,7 +32,7 @@ _VIEWS = frozenset(
         "transpose",
     }
 )
-_WRITES = frozenset({"random_bits", "random_gamma_p", "while", "cond"})  # their rules look elementwise
+_WRITES = frozenset({"random_bits", "random_gamma", "random_split", "while", "cond"})  # their rules look elementwise
 
 
 def kind(equation: JaxprEqn, rule: Rule | None) -> OpKind:
@@ -53,7 +53,9 @@ def _is_elementwise(rule: Rule) -> bool:
     if rule.reductions or rule.fixed or not rule.results:
         return False
     dims = rule.results[0]
-    return all(t == dims for t in rule.results) and all(t in (dims, (), None) for t in rule.operands)
+    operands = [t for t in rule.operands if t]  # a dim of size 1 has no factor and is broadcast
+    broadcast = all(len(t) == len(dims) and all(d in (e, ()) for d, e in zip(t, dims)) for t in operands)
+    return broadcast and all(t == dims for t in rule.results)
 
 
 def flops(equation: JaxprEqn) -> float:
