@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from autopar.api.plan import Plan
 
 
-STAGES = "autopar_solver.stage_dp_bench:stage_bench_command"
+BENCHES = {
+    "simulation": "autopar.bench.simulation:simulation",
+    "solver": "autopar_solver.bench:bench_command",
+    "stages": "autopar_solver.stage_dp_bench:stage_bench_command",
+}
 
 
 class Lazy(click.Group):
-    """A group some of whose commands live in other packages ("module:attribute") and are imported when used."""
+    """A group some of whose commands live in other packages ("module:attribute") and imported when used."""
 
     def __init__(self, *args: Any, places: dict[str, str], **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -190,7 +194,7 @@ def models(as_json: bool) -> None:
         click.echo("\n".join(catalog.names()))
 
 
-@main.group(cls=Lazy, places={"solver": "autopar_solver.bench:bench_command", "stages": STAGES})
+@main.group(cls=Lazy, places=BENCHES)
 def bench() -> None:
     """Benchmarks: figures and ratios side by side."""
 

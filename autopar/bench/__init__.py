@@ -1,0 +1,1 @@
+"""What `autopar bench NAME` runs: figures and ratios, side by side in one run."""
