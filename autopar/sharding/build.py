@@ -399,7 +399,7 @@ def _crossing(region: Region) -> set[int]:
 
     Values of no layer are computed again in each program that reads them.
     """
-    if region.whole and region.microbatches == 1:
+    if region.whole:
         return set()
     forward = {
         v

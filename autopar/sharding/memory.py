@@ -85,7 +85,7 @@ class Spans:
 
     def __init__(self, region: Region, model: Model, nbytes: Callable[[Value], int]):
         self.region, self.model, self.nbytes = region, model, nbytes
-        self.split = not (region.whole and region.microbatches == 1)
+        self.split = not region.whole
         self.folded: dict[Key, Key] = {}
         self.made: dict[Key, Phase] = {}
         self.skip: set[Key] = {((), v) for v in region.state} | {((), v) for v, _ in region.ties}

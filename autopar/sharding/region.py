@@ -22,7 +22,7 @@ class Region:
         leaving: values read outside of the region. results: those of them that the step returns to the caller.
         combine: how per-micro-batch values become one value per step.
         microbatches: per step.
-        whole: the region is the whole graph and can run as one program.
+        whole: the region is the whole graph: forward and backward run as one program.
     """
 
     values: tuple[Value, ...]
