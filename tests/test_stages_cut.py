@@ -456,3 +456,60 @@ def test_bad_arguments():
     for stages in [(0, 1), (0, 2, 2), (1, 1, 1), (0, 1, 0)]:
         with pytest.raises(PlanError, match="stage"):
             cut(assign(graph, marked), stages)
+
+
+def test_a_gradient_made_in_another_layer_is_applied_with_its_parameter():
+    """A bias at a boundary: its gradient is summed on the later stage, the update is on the parameter's."""
+    m = Maker(phase=Phase.FORWARD)
+    w, bias, moment, x = m.arg((D, D), "w"), m.arg((D,), "bias"), m.arg((D,), "moment"), m.arg((B, D), "x")
+    m.layer = 0
+    y = m.op("add", (m.dot(x, w, (B, D)), bias), (B, D))
+    m.layer = 1
+    z = m.dot(y, y, (B, D))
+    m.phase, m.layer = Phase.BACKWARD, 1
+    g = m.dot(z, y, (B, D))
+    gradient = m.op("sum", (g,), (D,), OpKind.MEMORY)
+    m.phase, m.layer = Phase.APPLY, None
+    scaled = m.op("mul", (gradient, None), (D,))
+    following = m.op("add", (moment, scaled), (D,))
+    new = m.op("sub", (bias, following), (D,))
+    graph = Graph(
+        tuple(m.values),
+        tuple(m.equations),
+        tuple(m.inputs),
+        (new, following, z),
+        ("a", "b"),
+        ((0, 1), (1, 2)),
+        (x,),
+        combine=((gradient, Combine.MEAN),),
+    )
+    graph = assign(graph)
+    assert [e.layer for e in graph.equations if e.phase is Phase.APPLY] == [0, 0, 0]
+    segments = cut(graph, (0, 1))
+    assert [s.name for s in segments if s.phase is Phase.APPLY] == ["apply.0_0"]
+    check_cut(graph, segments)
+
+
+def test_random_keys_are_free():
+    """A key made of the state is copied to the layers that use it; what they make of it stays there."""
+    m = Maker(phase=Phase.FORWARD)
+    w, key, x = m.arg((D, D), "w"), m.value((2,), "key", "uint32"), m.arg((B, D), "x")
+    m.inputs.insert(1, key)
+    wrapped = m.op("wrap", (key,), (), OpKind.VIEW)
+    made = []
+    for k in range(2):
+        m.layer = None
+        made.append(m.op("bits", (m.op("fold_in", (wrapped, None), ()),), (B, D), OpKind.MEMORY))
+        m.layer = k
+        x = m.op("drop", (m.dot(x, w, (B, D)), made[-1]), (B, D))
+    batch = (m.inputs[-1],)
+    graph = Graph(tuple(m.values), tuple(m.equations), tuple(m.inputs), (x,), ("a", "b"), (), batch)
+    graph = assign(graph)
+    assert [e.op for e in graph.equations if e.layer is None] == [
+        "wrap",
+        "fold_in",
+        "bits",
+        "fold_in",
+        "bits",
+    ]
+    assert holders(graph, cut(graph, (0, 1)))[key] == (0, 1)

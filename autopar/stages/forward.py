@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from autopar.core.dtypes import is_inexact
 from autopar.core.graph import OpKind, Phase
 from autopar.stages.draft import Draft
 
 HEAVY = (OpKind.CONTRACTION, OpKind.LOOP)
-"""Kinds too dear to be computed again wherever they are used."""
+"""Kinds too dear to be computed again wherever they are used, if the result is larger than `SMALL`."""
+
+SMALL = 64
+"""Elements; random keys are made by loops, but are small and wanted by every layer."""
 
 
 def forward_layers(draft: Draft) -> None:
@@ -38,7 +42,8 @@ def _after_producers(draft: Draft, forward: list[int]) -> None:
 def is_real(draft: Draft, i: int) -> bool:
     """Returns whether the equation is worth computing once only: examples × parameters, or heavy."""
     equation = draft.graph.equations[i]
-    return any(v in draft.mixes for v in equation.outputs) or equation.kind in HEAVY
+    large = any(draft.graph.values[v].size > SMALL for v in equation.outputs)
+    return any(v in draft.mixes for v in equation.outputs) or (equation.kind in HEAVY and large)
 
 
 def _parameter_scalars(draft: Draft, forward: list[int]) -> None:
@@ -47,7 +52,8 @@ def _parameter_scalars(draft: Draft, forward: list[int]) -> None:
         equation = draft.graph.equations[i]
         if draft.layer[i] is not None or any(v in draft.varies for v in equation.operands):
             continue
-        homes = [home[v] for v in equation.operands if v in home and not draft.scalar(v)]
+        tensors = (v for v in equation.operands if v in home and not draft.scalar(v))
+        homes = [home[v] for v in tensors if is_inexact(draft.graph.values[v].dtype)]  # not random keys
         if not homes:
             continue
         if draft.big(i):  # copied wherever it is used; its results live where its parameter does

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from autopar.core.graph import Phase
+from scipy.cluster.hierarchy import DisjointSet
+
+from autopar.core.graph import Graph, OpKind, Phase
 from autopar.stages.draft import Draft, batch_of
 from autopar.stages.forward import first_use
 
@@ -25,6 +27,7 @@ def apply_layers(draft: Draft) -> None:
     for _ in range(ROUNDS):
         before = list(draft.layer), dict(home)
         _from_operands(draft, home, named)
+        _with_parameter(draft, home, named)
         _from_readers(draft, home)
         _house(draft, home, held)
         if before == (draft.layer, home):
@@ -68,6 +71,38 @@ def _from_operands(draft: Draft, home: dict[int, int], named: set[int]) -> None:
             draft.layer[i] = min(tensors)
         elif not draft.big(i):
             draft.layer[i] = scalars.pop() if len(scalars) == 1 and not mixed else None
+
+
+def _with_parameter(draft: Draft, home: dict[int, int], named: set[int]) -> None:
+    """Gives every elementwise part of an update the layer of the parameter it updates.
+
+    Values that elementwise equations of one shape join belong together. Without this, what is done to a
+    gradient that was made in another layer than the parameter's first (a bias added at a boundary) would stay
+    there.
+    """
+    graph, parts = draft.graph, DisjointSet()
+    joined = [
+        i for i in draft.of_phase(Phase.APPLY) if i not in named and draft.big(i) and _elementwise(graph, i)
+    ]
+    for i in joined:
+        equation = graph.equations[i]
+        tensors = [v for v in (*equation.outputs, *equation.operands) if not draft.scalar(v)]
+        for v in tensors:
+            parts.add(v)
+            parts.merge(v, tensors[0])
+    first: dict[int, int] = {}
+    for v in parts:
+        if v in home:
+            root = parts[v]
+            first[root] = min(home[v], first.get(root, home[v]))
+    for i in joined:
+        draft.layer[i] = first.get(parts[graph.equations[i].outputs[0]], draft.layer[i])
+
+
+def _elementwise(graph: Graph, i: int) -> bool:
+    equation, values = graph.equations[i], graph.values
+    tensors = {values[v].shape for v in (*equation.operands, *equation.outputs) if values[v].size > 1}
+    return equation.kind in (OpKind.FUSED, OpKind.VIEW) and len(equation.outputs) == 1 == len(tensors)
 
 
 def _from_readers(draft: Draft, home: dict[int, int]) -> None:
