@@ -1,2 +1,17 @@
-"""Runs plans: lowers segments to compiled functions and interprets each worker's program, here or on a
-cluster."""
+"""Runs plans: segments become compiled functions, and each worker's program is interpreted, here or on a cluster."""
+
+from autopar.runtime.array import DistributedArray, fetch
+from autopar.runtime.backend import Backend, Session, StageMemory
+from autopar.runtime.executable import Executable, load
+from autopar.runtime.inprocess import InProcess
+
+__all__ = [
+    "Backend",
+    "DistributedArray",
+    "Executable",
+    "InProcess",
+    "Session",
+    "StageMemory",
+    "fetch",
+    "load",
+]

@@ -135,10 +135,11 @@ class DistributedArray:
         return f"DistributedArray({self.name or 'result'}, {self.dtype}{list(self.shape)} on {where}){stale}"
 
 
-def consumed(name: str, step: int) -> BadInput:
-    """Returns the error for state that a step has already taken."""
+def consumed(name: str, step: int | None) -> BadInput:
+    """Returns the error for state that a step (its number, where known) has already taken."""
+    which = "a later step" if step is None else f"step {step}"
     return BadInput(
-        f"{name}: this state was consumed by step {step}; use the state that step returned "
+        f"{name}: this state was consumed by {which}; use the state that step returned "
         "(to keep an old state, copy it first: autopar.runtime.fetch(state))"
     )
 

@@ -7,6 +7,7 @@ devices.
 from __future__ import annotations
 
 import functools
+import textwrap
 import threading
 import time
 from collections import Counter
@@ -107,7 +108,8 @@ class InProcessSession:
                 done += 1
         except Exception as error:
             stage, position = self._order[done]
-            error.add_note(f"in stage {stage}: {self.program.workers[stage].instructions[position]}")
+            instruction = str(self.program.workers[stage].instructions[position])
+            error.add_note(f"in stage {stage}: {textwrap.shorten(instruction, 200)}")
             self._clear()
             raise
 
