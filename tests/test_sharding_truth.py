@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from autopar.core.graph import Phase
@@ -21,12 +20,12 @@ from autopar.models import gpt
 from autopar.models.step import adamw, train_step
 from autopar.runtime.layout import jax_mesh, named
 from autopar.runtime.lower import lower
+from autopar.sharding.cost import collective
 from autopar.sharding.grid import grid_of
 from autopar.sharding.options import Options
 from autopar.sharding.pins import data_parallel, zero3
 from autopar.sharding.plan import plan
 from autopar.sharding.resharding import hops, table_for
-from autopar.sharding.cost import collective
 from autopar.trace.capture import capture
 
 DEVICE = Device("test", 1 << 34, 9e11, (("float32", 1.4e13),), 1e11)
@@ -50,10 +49,10 @@ def group_size(line: str) -> int:
 
 
 def sent(text: str) -> float:
-    """Bytes one device puts on the wire, an all-reduce that is only read through slices counted as a reduce-scatter.
+    """Bytes one device puts on the wire; an all-reduce only read through slices counts as a reduce-scatter.
 
-    CPU has no reduce-scatter. Sizes are of a bandwidth-optimal collective over a whole group, which for two axes is
-    what the hierarchical one sends.
+    CPU has no reduce-scatter. Sizes are of a bandwidth-optimal collective over a whole group, which for two
+    axes is what the hierarchical one sends.
     """
     total = 0.0
     lines = text.splitlines()

@@ -1,8 +1,8 @@
 """Equal parts of a deep graph take one decision, so that depth does not grow the problem.
 
-Two nodes are alike when their costs and choices agree and so do, four steps around, their neighbours' (Weisfeiler–Leman
-colours). In a stack of layers that makes one class of the inner layers; the first and last ones stay apart. The
-merged problem contains every plan that treats like nodes alike, and is exact for those.
+Two nodes are alike when their costs and choices agree and so do, four steps around, their neighbours'
+(Weisfeiler–Leman colours). In a stack of layers that makes one class of the inner layers; the first and last
+ones stay apart. The merged problem contains every plan that treats like nodes alike, and is exact for those.
 """
 
 from __future__ import annotations

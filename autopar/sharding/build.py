@@ -15,10 +15,14 @@ from autopar.sharding.resharding import table_for
 from autopar.sharding.strategies import Op, Strategy, Tensor, enumerate_strategies, follow, kind_of, lead
 
 EXPANSION = 4
-"""An elementwise result at least this many times its sources is computed where it is read, in the reader's layout."""
+"""An elementwise result at least this many times its sources is computed where it is read, in the reader's
+layout.
+"""
 
 MINOR = 8
-"""A tensor at least this many times smaller than the result does not decide how an elementwise equation is laid out."""
+"""A tensor at least this many times smaller than the result does not decide how an elementwise equation is
+laid out.
+"""
 
 ELEMENTWISE = (OpKind.FUSED, OpKind.VIEW)
 
@@ -165,7 +169,7 @@ class Builder:
         return None
 
     def kept_with(self, e: Equation, nodes: dict[int, int]) -> int | None:
-        """Returns the state an elementwise update follows: the one that its result replaces, else the first it reads.
+        """Returns the state an elementwise update follows: what its result replaces, else the first it reads.
 
         The new state has to end in the layout of the old one, so the update is computed there.
         """
@@ -343,7 +347,9 @@ class Builder:
         phase: Phase,
         start: int,
     ) -> None:
-        """Connects the body output b with result v of the loop; a carry ends every trip in the layout it began in."""
+        """Connects the body output b with result v of the loop; a carry ends every trip in the layout it
+        began in.
+        """
         if not self.rank(scope, v):
             return
         times = self.region.times(phase) * inner.trips

@@ -1,8 +1,8 @@
 """Copies: a value that several operations want in another layout is moved once.
 
-Each (value, phase) that more than one node reads gets a node of its own between them: the layout in which it is offered to its
-readers. Phases are apart because each is a compiled program, and because gathered weights are better gathered
-again in the backward than held.
+Each (value, phase) that more than one node reads gets a node of its own between them: the layout in which it
+is offered to its readers. Phases are apart because each is a compiled program, and because gathered weights
+are better gathered again in the backward than held.
 """
 
 from __future__ import annotations

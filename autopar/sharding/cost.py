@@ -11,7 +11,8 @@ from autopar.core.graph import OpKind
 from autopar.sharding.grid import Grid
 
 FUSION = 0.5
-"""Share of an elementwise result's bytes that reaches memory: the rest stays in registers of a fused kernel."""
+"""Share of an elementwise result's bytes that reaches memory: the rest stays in registers of a fused kernel.
+"""
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all-reduce", "all-gather", "reduce-scatter"
 ALL_TO_ALL, PERMUTE, SLICE = "all-to-all", "permute", "slice"
@@ -35,10 +36,11 @@ class Price(NamedTuple):
 def collective(grid: Grid, kind: str, axes: tuple[int, ...]) -> Price:
     """Returns the price of a collective per byte of its biggest buffer on one device.
 
-    The buffer is the whole tensor of an all-reduce, the result of an all-gather, the input of a reduce-scatter, the
-    local part in an all-to-all or permute. Each axis takes ⌈log2 n⌉ latencies and the bandwidth-optimal (n−1)/n of
-    the buffer, an all-reduce twice that (Thakur, Rabenseifner, Gropp 2005). Over several axes the collective is
-    hierarchical: the fastest axis works on the full buffer, slower ones on what is left, so that one collective
+    The buffer is the whole tensor of an all-reduce, the result of an all-gather, the input of a
+    reduce-scatter, the local part in an all-to-all or permute. Each axis takes ⌈log2 n⌉ latencies and the
+    bandwidth-optimal (n−1)/n of the buffer, an all-reduce twice that (Thakur, Rabenseifner, Gropp 2005). Over
+    several axes the collective is hierarchical (the fastest axis works on the full buffer, slower ones on
+    what is left), so that one collective
     over two axes and two nested ones cost the same.
     """
     if kind == SLICE or not axes:
@@ -75,7 +77,8 @@ def compute(
         kind: what the operation is; views cost nothing, elementwise ones `FUSION` of their result.
         flops: FLOPs of this device's part. rate: FLOP/s. bandwidth: bytes/s.
         reads: bytes of each local operand. writes: bytes of the local results.
-        reduces: the operation sums over whole operands; one that does not (a gather) reads no more than it writes.
+        reduces: the operation sums over whole operands; one that does not (a gather) reads no more than it
+            writes.
     """
     if kind is OpKind.VIEW:
         return 0.0

@@ -1,9 +1,9 @@
 """Bytes over time: what is alive on one device while the region runs, for every choice.
 
-State is there for the whole step; so are gradient sums when there are several micro-batches. What the forward leaves to the
-backward counts for every micro-batch in flight while micro-batches run. Everything else lives from its
-equation to its last use; results of elementwise equations are fused into their readers and keep alive what they are
-made of, unless that is larger than they are.
+State is there for the whole step; so are gradient sums when there are several micro-batches. What the forward
+leaves to the backward counts for every micro-batch in flight while micro-batches run. Everything else lives
+from its equation to its last use; results of elementwise equations are fused into their readers and keep
+alive what they are made of, unless that is larger than they are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ STATE, RESIDUAL, PASSING = "state", "residual", "passing"
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """Bytes per choice of a node in the half-open interval [start, stop) of ticks. key: the value, for messages."""
+    """Bytes per choice of a node in the half-open interval [start, stop) of ticks. key: the value, for
+    messages.
+    """
 
     node: int
     start: int
@@ -125,7 +127,7 @@ class Spans:
                     if self.split and step.phase is not self.made.get(root, step.phase):
                         continue
                     self.folded[step.path, v] = root
-        for path, scope in model.scopes.items():  # a body input is a view of what the loop was given
+        for path in model.scopes:  # a body input is a view of what the loop was given
             if path:
                 loop = model.scopes[path[:-1]].equations[path[-1]].loop
                 assert loop is not None
@@ -147,7 +149,7 @@ class Spans:
                     self._cross(key, root)
 
     def _cross(self, key: Key, root: Key) -> None:
-        """Marks what a backward use of a forward value holds: separate programs hand over the value itself."""
+        """Marks what a backward use of a forward value holds: separate programs hand over the value."""
         if self.split and key != root and self.made.get(key) is Phase.FORWARD:
             self.folded.pop(key, None)
             self.last[key] = max(tick for tick, _ in self.model.uses[key])
@@ -164,8 +166,8 @@ def scope_inputs(inputs: Sequence[int], count: int) -> Iterable[int]:
 def _gathered(region: Region, model: Model, grid: Grid, nbytes: Callable[[Value], int]) -> list[Item]:
     """Returns the parts of state that an operation reads in its own layout, alive while it runs.
 
-    They are counted even where the state already has that layout, since that depends on two choices: the prediction is above
-    the truth by at most the operands of one operation.
+    They are counted even where the state already has that layout, since that depends on two choices: the
+    prediction is above the truth by at most the operands of one operation.
     """
     state = {((), v) for v in region.state}
     found: list[Item] = []

@@ -1,11 +1,11 @@
 """The choice model: nodes that choose, homes of values on nodes, and the reads between them.
 
-A *node* chooses between ways to lay out one thing: an input, an operation, a copy of a value. The *home* of a value says in
-which layout it is for every choice of its node; an operation that follows its source puts its results on the
-source's node. A *read* says in which layout a node wants a value for every choice of its own: what it
-costs to move the value there becomes the cost of the edge. Results of equations that only depend on constants, and
-expansions of small values (a bias broadcast over the batch), are *lazy*: they have no home but are computed wherever they are read,
-in the reader's layout.
+A *node* chooses between ways to lay out one thing: an input, an operation, a copy of a value. The *home* of a
+value says in which layout it is for every choice of its node; an operation that follows its source puts its
+results on the source's node. A *read* says in which layout a node wants a value for every choice of its own:
+what it costs to move the value there becomes the cost of the edge. Results of equations that only depend on
+constants, and expansions of small values (a bias broadcast over the batch), are *lazy*: they have no home but
+are computed wherever they are read, in the reader's layout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Site: TypeAlias = tuple[Path, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Where equations live: the region, or the body of a loop. times: trips per run of the phase around it."""
+    """Where equations live: the region, or the body of a loop. trips: per run of the phase."""
 
     path: Path
     values: tuple[Value, ...]
@@ -64,7 +64,8 @@ class Read:
     """A node wants a value in a layout.
 
     Attributes:
-        key: the value. source: where it is read from. target: who wants it, and in which layout for each choice.
+        key: the value. source: where it is read from. target: who wants it, and in which layout for each
+            choice.
         times: per step. site: the operand it is for, or None for a copy or the body of a loop.
         tie: the value moves to where it is kept from then on.
         lazy: what is really read is a lazy value made of this one.
@@ -109,7 +110,9 @@ class Lazy:
 
 @dataclass
 class Model:
-    """Everything the builder found out; see the fields' types. `made`: homes of results before a tie moved them."""
+    """Everything the builder found out; see the fields' types. `made`: homes of results before a tie moved
+    them.
+    """
 
     nodes: list[Node] = field(default_factory=list)
     homes: dict[Key, Home] = field(default_factory=dict)

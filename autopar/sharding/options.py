@@ -20,8 +20,8 @@ class Options:
         seconds: time the solver may take.
         dtypes: (from, to) element types that are kept in another type (`ShardingPlan.dtypes`).
         products: (from, to) types in which matrix products run (`ShardingPlan.products`).
-        uniform: the region is one of a stack of equal layers, so moving its activations from the layout it leaves
-            them in to the layout it takes them in is part of the price.
+        uniform: the region is one of a stack of equal layers, so moving its activations from the layout it
+            leaves them in to the layout it takes them in is part of the price.
         share: let equal parts of a deep graph take one decision (then depth does not grow the problem).
     """
 

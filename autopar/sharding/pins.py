@@ -1,7 +1,7 @@
 """Well-known methods as pinned layouts: the integer program solves what they leave open.
 
-Data parallelism replicates all state (Li et al. 2020, PyTorch DDP); ZeRO-2 shards the optimizer state, ZeRO-3 the
-parameters too (Rajbhandari et al. 2020). All cut the batch over every device.
+Data parallelism replicates all state (Li et al. 2020, PyTorch DDP); ZeRO-2 shards the optimizer state, ZeRO-3
+the parameters too (Rajbhandari et al. 2020). All cut the batch over every device.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def _cut_size(shape: tuple[int, ...], spec: Spec) -> int:
 
 
 def _cut(shape: tuple[int, ...], d: int, mesh: Mesh) -> Spec:
-    """Returns the layout that cuts dim d over the axes in order, leaving out those that do not divide what is left."""
+    """Returns the layout that cuts dim d over the axes in order, leaving out those that do not divide what is
+    left.
+    """
     axes: tuple[str, ...] = ()
     for axis in mesh.axes:
         if axis.size > 1 and shape[d] > 0 and shape[d] % (mesh.ways(axes) * axis.size) == 0:

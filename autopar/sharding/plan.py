@@ -25,6 +25,8 @@ from autopar.sharding.result import Reader, loops, specs_of, triples
 from autopar.sharding.solving import Solved, least_peak, minimise
 from autopar.sharding.text import gigabytes
 
+DEFAULT = Options()
+
 DEEP = 150
 """Nodes from which on like parts share a decision."""
 
@@ -70,7 +72,7 @@ def limit_of(options: Options, mesh: Mesh) -> int:
     return mesh.device.memory if options.limit is None else options.limit
 
 
-def plan(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options = Options()) -> ShardingPlan:  # noqa: B008
+def plan(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options = DEFAULT) -> ShardingPlan:
     """Returns the cheapest way to shard some equations over a mesh that keeps every device within its memory.
 
     Args:
@@ -78,7 +80,8 @@ def plan(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options = 
         options: limits and prices.
 
     Raises:
-        DoesNotFit: no plan keeps within the limit; says how much is missing and which tensors are the biggest.
+        DoesNotFit: no plan keeps within the limit; says how much is missing and which tensors are the
+            biggest.
         PlanError: a pinned layout cannot be kept.
         BadInput: options that make no sense.
     """
@@ -91,12 +94,13 @@ def offers(
     graph: Graph,
     equations: Iterable[int],
     mesh: Mesh,
-    options: Options = Options(),  # noqa: B008
+    options: Options = DEFAULT,
     prices: Sequence[float] = PRICES,
 ) -> tuple[ShardingPlan, ...]:
-    """Returns a few plans of one region, from fastest to leanest: one per price of memory, without dominated ones.
+    """Returns a few plans of one region, from fastest to leanest: one per price of memory, none dominated.
 
-    Regions with equal signatures (equal layers) share the work. A limit holds only when `options.limit` is set.
+    Regions with equal signatures (equal layers) share the work. A limit holds only when `options.limit` is
+    set.
 
     Args:
         prices: seconds per byte of state and residuals.
@@ -180,8 +184,8 @@ def _pin(model: Model, region: Region, grid: Grid, options: Options) -> None:
         if all(wrong):
             value = region.values[v]
             raise PlanError(
-                f"{value.name or 'a value'} {value} cannot be kept as {text(spec)}: an axis does not divide its dim, or "
-                "the operation that makes it cannot give that layout; choose axes that divide the dims"
+                f"{value.name or 'a value'} {value} cannot be kept as {text(spec)}: an axis does not "
+                "divide its dim, or the operation that makes it cannot give that layout; choose axes that divide"
             )
         model.nodes[home.node].cost[wrong] = math.inf
 
@@ -218,10 +222,11 @@ def _leanest(setting: Setting, limit: int | None, failed: Solved) -> Solved:
     least = least_peak(setting.costs(0.0))
     missing = least - limit if least > limit else max(1, memory.peak - limit)
     raise DoesNotFit(
-        f"{setting.mesh} has {gigabytes(limit)} per device, but the plan that needs least takes {gigabytes(memory.peak)} "
-        f"(state {gigabytes(memory.state)}, activations {gigabytes(memory.activations)} × {memory.in_flight} in flight, "
-        f"workspace {gigabytes(memory.workspace)}); at least {gigabytes(missing)} are missing. Biggest per device: "
-        f"{biggest(setting, lean.chosen)}. Use more devices, smaller micro-batches or fewer of them in flight",
+        f"{setting.mesh} has {gigabytes(limit)} per device, but the plan that needs least takes "
+        f"{gigabytes(memory.peak)} (state {gigabytes(memory.state)}, activations "
+        f"{gigabytes(memory.activations)} × {memory.in_flight} in flight, workspace "
+        f"{gigabytes(memory.workspace)}); at least {gigabytes(missing)} are missing. Biggest per device: "
+        f"{biggest(setting, lean.chosen)}. Use more devices, or smaller or fewer micro-batches in flight",
         missing,
     )
 

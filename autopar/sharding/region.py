@@ -1,4 +1,6 @@
-"""A region: the equations of one stage cut out of the graph, renumbered, with what its values are to the rest."""
+"""A region: the equations of one stage cut out of the graph, renumbered, with what its values are to the
+rest.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ class Region:
         values, equations: renumbered.
         ids: value id → its id in the graph. indices: equation → its index in the graph.
         state: inputs that stay: parameters, optimizer state, constants.
-        arriving: inputs that come with every micro-batch or from other regions, and choose their layout freely.
+        arriving: inputs that come with every micro-batch or from other regions, and choose their layout
+            freely.
         ties: (value, state input) where the value is the input's successor in the next step.
-        leaving: values read outside of the region. results: those of them that the step returns to the caller.
+        leaving: values read outside of the region. results: those of them that the step returns to the
+            caller.
         combine: how per-micro-batch values become one value per step.
         microbatches: per step.
         whole: the region is the whole graph: forward and backward run as one program.
@@ -44,7 +48,9 @@ class Region:
 
 
 def extract(graph: Graph, equations: Iterable[int]) -> Region:
-    """Returns the region of these equations. Values that an alias ties to a state input of the region stay tied."""
+    """Returns the region of these equations. Values that an alias ties to a state input of the region stay
+    tied.
+    """
     indices = tuple(sorted(set(equations)))
     chosen = [graph.equations[i] for i in indices]
     number: dict[int, int] = {}
@@ -105,7 +111,7 @@ def _renumber(equation: Equation, number: dict[int, int]) -> Equation:
 
 
 def signature(graph: Graph, equations: Iterable[int]) -> str:
-    """Returns a key that equal layers of a model share: what a plan depends on, without names and positions."""
+    """Returns a key that equal layers of a model share: what a plan depends on, without names."""
     return region_key(extract(graph, equations))
 
 

@@ -1,9 +1,9 @@
 """From one layout to another: the cheapest chain of moves that the partitioner performs exactly as priced.
 
-Asked for an arbitrary change of layout in one step, XLA may gather everything ("involuntary full rematerialization").
-It does what one would expect for four kinds of single steps: slicing by a new minor axis, gathering a minor
-axis, an all-to-all of a minor axis, and reordering the axes of one dim. So only chains of these are planned and priced, and the
-runtime constrains the value to every layout on the way (`hops`).
+Asked for an arbitrary change of layout in one step, XLA may gather everything ("involuntary full
+rematerialization"). It does what one would expect for four kinds of single steps: slicing by a new minor axis, gathering a minor
+axis, an all-to-all of a minor axis, and reordering the axes of one dim. So only chains of these are planned
+and priced, and the runtime constrains the value to every layout on the way (`hops`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ Divisible: TypeAlias = tuple[tuple[bool, ...], ...]
 
 
 class Move(NamedTuple):
-    """One step: its kind, the axes it communicates over, the layout after it, and its buffer as a share of the tensor."""
+    """One step: its kind, the axes it communicates over, the layout after it, and its buffer as a share of
+    the tensor.
+    """
 
     kind: str
     axes: tuple[int, ...]
@@ -74,7 +76,9 @@ def _with(layout: Layout, d: int, axes: tuple[int, ...]) -> Layout:
 
 
 class Table:
-    """All layouts of tensors of one divisibility, and the cheapest chains between them, found when first asked for."""
+    """All layouts of tensors of one divisibility, and the cheapest chains between them, found when first
+    asked for.
+    """
 
     def __init__(self, grid: Grid, allowed: Divisible):
         self.grid, self.allowed = grid, allowed
@@ -149,10 +153,10 @@ def table_for(shape: tuple[int, ...], grid: Grid) -> Table:
 
 
 def hops(src: Spec, dst: Spec, shape: tuple[int, ...], mesh: Mesh) -> tuple[Spec, ...]:
-    """Returns the layouts to constrain a tensor to, one after another, so that it moves from `src` to `dst` as priced.
+    """Returns the layouts to constrain a tensor to, in order, so that it moves from `src` to `dst` as priced.
 
-    Consecutive slices are one hop; nothing is returned when the layouts agree. A layout in which an axis does not divide
-    its dim has no priced chain: then the target is the only hop.
+    Consecutive slices are one hop; nothing is returned when the layouts agree. A layout in which an axis does
+    not divide its dim has no priced chain: then the target is the only hop.
     """
     grid = grid_of(mesh)
     source, target = grid.layout(src), grid.layout(dst)

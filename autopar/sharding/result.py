@@ -138,7 +138,7 @@ class Reader:
         self.out.seconds[phase] += seconds * count
 
     def _outer(self, key: Key) -> int:
-        """Returns the value's id in the region; for a value inside a loop, that of the loop's first result."""
+        """Returns the value's id in the region; inside a loop, that of the loop's first result."""
         path, v = key
         return v if not path else self.region.equations[path[0]].outputs[0]
 

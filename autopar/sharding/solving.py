@@ -18,7 +18,7 @@ LARGEST_SUM = 2.0**56
 
 @dataclass(frozen=True)
 class Solved:
-    """chosen: a choice per node of the model, or None. objective, bound: seconds. status: as the solver says."""
+    """chosen: a choice per node of the model, or None. objective, bound: seconds. status: the solver's."""
 
     chosen: tuple[int, ...] | None
     objective: float

@@ -124,7 +124,9 @@ def assignment(dims: Dims, layout: Layout, rule: Rule, grid: Grid) -> dict[int, 
 
 @functools.lru_cache(maxsize=16384)
 def enumerate_strategies(op: Op, grid: Grid) -> tuple[Strategy, ...]:
-    """Returns every way to shard an operation, the replicated one first; each pair of layouts once, at its cheapest."""
+    """Returns every way to shard an operation, the replicated one first; each pair of layouts once, at its
+    cheapest.
+    """
     best: dict[tuple[object, object], Strategy] = {}
     for axes in _assignments(op.rule, grid):
         for strategy in _finish(op, axes, grid):
@@ -181,7 +183,7 @@ def _scatters(op: Op, made: tuple[Layout, ...], summed: tuple[int, ...], grid: G
 def _resolve(
     op: Op, made: tuple[Layout, ...], scattered: Layout, summed: tuple[int, ...], grid: Grid
 ) -> tuple[Traffic, ...]:
-    """Returns the collectives that turn partial sums into results: one reduce-scatter, then one all-reduce."""
+    """Returns the collectives that turn partial sums into results: reduce-scatter, then all-reduce."""
     if not summed:
         return ()
     before = {a for dim in made[0] for a in dim}
@@ -233,7 +235,9 @@ def lead(op: Op, result: int, layout: Layout, grid: Grid) -> Strategy:
 
 
 def run_with(op: Op, axes: dict[int, tuple[int, ...]], grid: Grid) -> Strategy:
-    """Returns the strategy of an assignment with all-reduced sums; gives up factors until every layout has a spelling."""
+    """Returns the strategy of an assignment with all-reduced sums; gives up factors until every layout has a
+    spelling.
+    """
     rule = op.rule
     while True:
         operands = tuple(None if d is None else place(d, axes, rule.sizes, grid) for d in rule.operands)

@@ -22,7 +22,8 @@ def summary(plan: ShardingPlan) -> list[str]:
     gap = f", gap {plan.gap:.2%}" if plan.gap > 5e-5 else ""
     return [
         f"{plan.mesh} ({axes}): {_ms(plan.objective)} a step, {plan.status}{gap}",
-        f"forward {_ms(plan.forward)}, backward {_ms(plan.backward)} per micro-batch; apply {_ms(plan.apply)}",
+        f"forward {_ms(plan.forward)}, backward {_ms(plan.backward)} per micro-batch; "
+        f"apply {_ms(plan.apply)}",
         memory_line(plan.memory),
     ]
 
@@ -31,7 +32,8 @@ def memory_line(memory: Memory) -> str:
     """Returns one line on the bytes of a device."""
     return (
         f"memory {gigabytes(memory.peak)} of {gigabytes(memory.limit)}: state {gigabytes(memory.state)}, "
-        f"activations {gigabytes(memory.activations)} × {memory.in_flight}, workspace {gigabytes(memory.workspace)}"
+        f"activations {gigabytes(memory.activations)} × {memory.in_flight}, "
+        f"workspace {gigabytes(memory.workspace)}"
     )
 
 
@@ -43,7 +45,7 @@ def kept(plan: ShardingPlan, graph: Graph) -> list[str]:
 
 
 def communication(plan: ShardingPlan, graph: Graph) -> list[str]:
-    """Returns one line per kind, axes and phase: how often, how many bytes a device sends, how long it takes."""
+    """Returns one line per kind, axes and phase: how often, the bytes a device sends, the seconds."""
     groups: dict[tuple[str, str, str], list[Collective]] = {}
     for c in plan.collectives:
         groups.setdefault((str(c.phase), c.kind, "".join(c.axes)), []).append(c)
