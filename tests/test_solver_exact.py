@@ -28,7 +28,9 @@ def small_problems(draw: st.DrawFn) -> ChoiceProblem:
         a, b = (int(v) for v in rng.integers(0, n, 2))
         edges.append((a, b))
         matrices.append(
-            random_matrix(rng, k[a], k[b], draw(st.sampled_from(["plain", "equal", "holes", "sum", "function"])))
+            random_matrix(
+                rng, k[a], k[b], draw(st.sampled_from(["plain", "equal", "holes", "sum", "function"]))
+            )
         )
     usage = [
         [

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import highspy
@@ -33,34 +33,19 @@ class Model:
     rhs: FloatArray
     binaries: int
     const: float
-    start_of_pairs: list[tuple[int, IntArray, IntArray, IntArray]] = field(default_factory=list)
-
-
-def classes(m: FloatArray) -> tuple[FloatArray, IntArray, IntArray, FloatArray, FloatArray]:
-    """Returns (table, row class, column class, row term, column term): m = row + column + table[classes]."""
-    row = m.min(axis=1)
-    rest = m - row[:, None]
-    column = rest.min(axis=0)
-    rest = rest - column[None, :]
-    table, row_class = np.unique(rest, axis=0, return_inverse=True)
-    table, column_class = np.unique(table, axis=1, return_inverse=True)
-    return table, row_class.ravel(), column_class.ravel(), row, column
 
 
 def build_model(c: Compact) -> Model:
     """Returns the program of a compact problem without memory rows."""
     nx = len(c.cost)
-    node_cost = c.cost.copy()
     costs: list[FloatArray] = []
     at: list[IntArray] = [np.repeat(np.arange(c.n), c.k)]
     col: list[IntArray] = [np.arange(nx)]
     val: list[FloatArray] = [np.ones(nx)]
     rows, ny = c.n, nx
-    for e in np.flatnonzero(c.half_edge_node < c.nbr):
+    for e in c.edges.tolist():
         i, j = int(c.half_edge_node[e]), int(c.nbr[e])
-        table, row_class, column_class, row, column = classes(c.matrix(e))
-        node_cost[c.off[i] : c.off[i + 1]] += row
-        node_cost[c.off[j] : c.off[j + 1]] += column
+        table, row_class, column_class = c.table(e), c.classes(e), c.classes(int(c.rev[e]))
         r, s = np.nonzero(np.isfinite(table))
         y = ny + np.arange(len(r))
         ny += len(r)
@@ -73,15 +58,7 @@ def build_model(c: Compact) -> Model:
     matrix = sp.csr_matrix((np.concatenate(val), (np.concatenate(at), np.concatenate(col))), shape=(rows, ny))
     rhs = np.zeros(rows)
     rhs[: c.n] = 1.0
-    return Model(np.concatenate([node_cost, *costs]), matrix, rhs, nx, float(c.const))
-
-
-def model_size(c: Compact) -> int:
-    """Returns the number of columns build_model would make, an upper bound without building it."""
-    total = len(c.cost)
-    for e in np.flatnonzero(c.half_edge_node < c.nbr):
-        total += int(np.isfinite(classes(c.matrix(e))[0]).sum())
-    return total
+    return Model(np.concatenate([c.cost, *costs]), matrix, rhs, nx, float(c.const))
 
 
 @dataclass

@@ -9,11 +9,17 @@ from autopar_solver.problem import IntArray
 from autopar_solver.run import Run
 
 POLL = 0.02
+SMALL_ENTRIES = 300_000
 
 
 def choose_route(run: Run, c: Compact) -> None:
     """Solves the reduced problem into `run`."""
-    exact_route(run, c)
+    if len(c.entry) // 2 <= SMALL_ENTRIES:
+        exact_route(run, c)
+        return
+    from autopar_solver.large import large_route
+
+    large_route(run, c)
 
 
 def exact_route(run: Run, c: Compact) -> None:

@@ -1,0 +1,131 @@
+"""Generators of choice problems like those of auto-sharding, one per regime a solver meets.
+
+A node is a tensor, or an operator's way of computing one; a choice lays its dimensions out over the axes of a mesh.
+Its usage is its bytes over the parts it is cut into, alive from its definition to its last use. An edge costs the
+bytes that must move when its two ends lay the tensor out differently.
+"""
+
+import itertools
+
+import numpy as np
+
+from autopar_solver.problem import FORBIDDEN, ChoiceProblem, IntArray
+
+Layout = tuple[int, ...]
+"""Per mesh axis, the dimension it cuts, or -1 for none."""
+
+
+def layouts(dims: int, axes: int) -> list[Layout]:
+    """Returns every way to let each axis cut one dimension or none."""
+    return list(itertools.product(range(-1, dims), repeat=axes))
+
+
+def parts(layout: Layout, mesh: tuple[int, ...]) -> int:
+    """Returns into how many parts a layout cuts a tensor."""
+    return int(np.prod([size for dim, size in zip(layout, mesh) if dim >= 0], initial=1))
+
+
+def move_costs(
+    a: list[Layout], b: list[Layout], size: int, mesh: tuple[int, ...], rng: np.random.Generator
+) -> IntArray:
+    """Returns the cost of going from each layout of a to each of b: what every axis that changes must move."""
+    dims = 1 + max((d for layout in b for d in layout), default=0)
+    turn = np.append(rng.permutation(dims), -1) if rng.random() < 0.3 else np.append(np.arange(dims), -1)
+    price = rng.uniform(0.5, 2.0, len(mesh))
+    out = np.zeros((len(a), len(b)), np.int64)
+    for s, from_layout in enumerate(a):
+        for t, to_layout in enumerate(b):
+            for axis, (x, y) in enumerate(zip(from_layout, to_layout)):
+                x = int(turn[x]) if -1 <= x < dims else x
+                if x != y:
+                    share = size / min(parts(from_layout, mesh), parts(to_layout, mesh))
+                    out[s, t] += int(price[axis] * share * (1.0 if y == -1 else 0.4 if x == -1 else 0.6))
+    return out
+
+
+def matching(k: int) -> IntArray:
+    """Returns the matrix of an edge whose ends must make the same choice."""
+    return np.where(np.eye(k, dtype=np.bool_), 0, FORBIDDEN)
+
+
+def random_sharding(
+    nodes: int,
+    *,
+    seed: int = 0,
+    mesh: tuple[int, ...] = (4, 2),
+    dims: tuple[int, int] = (1, 3),
+    reach: int = 8,
+    extra_edges: float = 0.5,
+    tied: float = 0.0,
+    tightness: float | None = 1.3,
+) -> ChoiceProblem:
+    """Returns a random problem shaped like the auto-sharding of a layered program.
+
+    Args:
+        nodes: how many.
+        seed: of the generator.
+        mesh: axis sizes.
+        dims: the fewest and the most dimensions of a tensor; (dims + 1) ** axes choices.
+        reach: how far back an edge may go; the treewidth grows with it.
+        extra_edges: edges per node beyond the chain.
+        tied: the share of edges that force both ends to one choice (forbidden elsewhere).
+        tightness: the limit, as a multiple of the least possible peak; None for no limit.
+    """
+    rng = np.random.default_rng(seed)
+    sets: list[list[Layout]] = []
+    sizes: list[int] = []
+    last = np.arange(nodes) + 1
+    edges: list[tuple[int, int]] = []
+    matrices: list[IntArray] = []
+    for i in range(nodes):
+        back = [i - 1] if i else []
+        back += [int(i - 1 - rng.integers(0, min(i, reach))) for _ in range(rng.poisson(extra_edges)) if i]
+        tie = i > 0 and rng.random() < tied
+        sets.append(sets[i - 1] if tie else layouts(int(rng.integers(dims[0], dims[1] + 1)), len(mesh)))
+        sizes.append(sizes[i - 1] if tie else int(2 ** rng.uniform(14, 22)))
+        for j in back:
+            last[j] = max(last[j], i + 1)
+            edges.append((j, i))
+            same = tie and j == i - 1
+            matrices.append(
+                matching(len(sets[i])) if same else move_costs(sets[j], sets[i], sizes[j], mesh, rng)
+            )
+    costs = [compute_costs(options, size, mesh, rng) for options, size in zip(sets, sizes)]
+    usage = [
+        [(i, int(last[i]), np.array([size // parts(o, mesh) for o in options]))]
+        for i, (options, size) in enumerate(zip(sets, sizes))
+    ]
+    free = ChoiceProblem.build(costs, edges, matrices, usage, None)
+    limit = None if tightness is None else int(free.least_usage().max() * tightness)
+    return ChoiceProblem.build(costs, edges, matrices, usage, limit)
+
+
+def compute_costs(
+    options: list[Layout], size: int, mesh: tuple[int, ...], rng: np.random.Generator
+) -> IntArray:
+    """Returns the cost of computing a tensor under each layout: work over parts, and now and then a reduction."""
+    work = size * rng.uniform(0.5, 4.0)
+    reduce = size * rng.uniform(0, 1, len(options)) * (rng.random(len(options)) < 0.3)
+    return np.array([work / parts(o, mesh) for o in options] + reduce, np.int64)
+
+
+def small_core(nodes: int = 2000, seed: int = 0) -> ChoiceProblem:
+    """Returns a problem most of whose nodes follow from others: presolve leaves a small core."""
+    return random_sharding(nodes, seed=seed, tied=0.9, reach=12, extra_edges=0.3)
+
+
+def eliminated(nodes: int = 2000, seed: int = 0) -> ChoiceProblem:
+    """Returns a problem that forbidden entries almost decide: next to nothing is left after presolve."""
+    return random_sharding(nodes, seed=seed, mesh=(4,), tied=0.98, extra_edges=0.02, tightness=1.15)
+
+
+def dense_core(nodes: int = 2000, seed: int = 0) -> ChoiceProblem:
+    """Returns a problem without forbidden entries: thousands of nodes stay, coupled by edges and memory."""
+    return random_sharding(nodes, seed=seed, tied=0.0, reach=60, extra_edges=1.0, tightness=1.1)
+
+
+def large_choices(nodes: int = 400, seed: int = 0) -> ChoiceProblem:
+    """Returns a small problem whose nodes have 36 to 180 choices, tightly coupled, close to the least memory."""
+    return random_sharding(
+        nodes, seed=seed, mesh=(4, 2, 2), dims=(3, 4), reach=20, extra_edges=1.0, tightness=1.08
+    )
