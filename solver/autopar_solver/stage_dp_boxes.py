@@ -24,6 +24,7 @@ class Box:
         slow, extra: intervals of the slowest stage's time and of the largest fixed cost, ends included.
         arcs: those that may be used. prices: of this box or of a larger one.
         cap: labels per layer in the next pass. tried: arcs there were in the last pass.
+        reach: how far above the bound, relatively, the next pass looks for plans.
     """
 
     bound: float
@@ -33,6 +34,7 @@ class Box:
     prices: Prices | None = None
     cap: int = FIRST_CAP
     tried: float = math.inf
+    reach: float = 0.005
 
     def __lt__(self, other: Box) -> bool:
         return self.bound < other.bound

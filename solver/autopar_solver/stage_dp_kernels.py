@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 
 ROOT = -1
+SPARE = 8  # times as many labels as are kept are compared with each other
 ROUND_OFF = 1e-12  # of the priced devices; float64 sums of a few hundred terms err by less
 
 
@@ -181,6 +182,24 @@ def beats(x, y, value, whole, kind, width):
 
 
 @njit(cache=True)
+def in_order(value, column, labels):
+    """The labels by their entry in a column of `value`, least first (one sort for all: each kind costs compile time)."""
+    key = np.empty(len(labels))
+    for x in range(len(labels)):
+        key[x] = value[labels[x], column]
+    return labels[np.argsort(key)]
+
+
+@njit(cache=True)
+def best_ranked(keep, value, count):
+    """The `count` labels of lowest rank, and the least bound of the others."""
+    if len(keep) <= count:
+        return keep, np.inf
+    ranked = in_order(value, 4, keep)
+    return ranked[:count], value[ranked[count:], 3].min()
+
+
+@njit(cache=True)
 def label_pass(
     arcs, seconds, extra, transfer, blocks, available, prices, before, weights, box, cut, cap, scan, finals
 ):
@@ -268,13 +287,17 @@ def label_pass(
                 new_kind[fresh] = k
                 fresh += 1
         if i == 0:
-            keep = np.argsort(new_value[:fresh, 3])[:finals]
+            keep = in_order(new_value, 3, np.arange(fresh))[:finals]
         else:
-            keep = undominated(np.argsort(new_value[:fresh, 0]), new_value, new_whole, new_kind, scan)
-            if len(keep) > cap:
-                ranked = keep[np.argsort(new_value[keep, 4])]
-                dropped = min(dropped, new_value[ranked[cap:], 3].min())
-                keep = ranked[:cap]
+            order = in_order(new_value, 0, np.arange(fresh))
+            keep = undominated(order, new_value, new_whole, new_kind, 0)
+            keep, lost = best_ranked(
+                keep, new_value, SPARE * cap
+            )  # comparing all with all would take too long
+            dropped = min(dropped, lost)
+            keep = undominated(in_order(new_value, 0, keep), new_value, new_whole, new_kind, scan)
+            keep, lost = best_ranked(keep, new_value, cap)
+            dropped = min(dropped, lost)
         start[i] = count
         if count + len(keep) > room:
             room = 2 * (count + len(keep))

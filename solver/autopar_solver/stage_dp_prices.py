@@ -9,7 +9,7 @@ steadies it (in-out separation; Ben-Ameur & Neto, Networks 2007).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import highspy
@@ -21,6 +21,13 @@ from autopar_solver.stage_dp_problem import Array, StageProblem
 
 kernels: Any = stage_dp_kernels  # numba's functions have no types a checker could use
 INWARD = 0.5  # how far towards the best prices so far a proposal is drawn
+
+
+def moved_cost(problem: StageProblem) -> Array:
+    """What transfers add to the sum of the objective, inf where a crossing is forbidden: [L, K, K]."""
+    if problem.weights.total:
+        return np.array(problem.transfer)
+    return np.where(np.isinf(problem.transfer), np.inf, 0.0)
 
 
 def priced_devices(prices: Array, available: Array | Ints) -> float:
@@ -82,7 +89,7 @@ class _Kelley:
         total = problem.weights.total
         self.arcs, self.flat = arcs, arcs.flat
         self.cost = arcs.seconds * total
-        self.transfer = np.where(np.isinf(problem.transfer), np.inf, 0.0) if total == 0 else problem.transfer
+        self.transfer = moved_cost(problem)
         self.available = np.array(problem.available, np.float64)
         self.tried: list[tuple[float, Array, Array]] = []  # (L, prices, before)
         self.cuts: list[Cut] = []
@@ -183,3 +190,21 @@ class _Kelley:
         rows = np.array([prices for _, prices, _ in chosen])
         before = np.array([table for _, _, table in chosen])
         return Prices(bound, rows, before, tuple(self.cuts[-60:]), tuple(self.paths))
+
+
+def spread(problem: StageProblem, arcs: Arcs, prices: Prices, factor: float = 1.5) -> Prices:
+    """The prices with rows added that make one kind dearer each.
+
+    The best prices say little about a suffix that has used up more of a kind than its share; these do, which prunes
+    such suffixes and steers a beam away from them.
+    """
+    best = prices.rows[-1]
+    rows = best[None, :] * (1 + (factor - 1) * np.eye(len(best)))
+    cost, moved = arcs.seconds * problem.weights.total, moved_cost(problem)
+    tables = [kernels.prefix_bounds(arcs.flat, cost, moved, row, arcs.positions)[0] for row in rows]
+    order = [0, *range(1, len(prices.rows))]
+    return replace(
+        prices,
+        rows=np.concatenate([prices.rows[:1], rows, prices.rows[order[1:]]]),
+        before=np.concatenate([prices.before[:1], np.array(tables), prices.before[order[1:]]]),
+    )

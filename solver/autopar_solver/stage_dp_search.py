@@ -15,7 +15,7 @@ from autopar_solver import stage_dp_boxes as boxes
 from autopar_solver import stage_dp_kernels
 from autopar_solver.stage_dp_arcs import Arcs, arcs_of
 from autopar_solver.stage_dp_boxes import Box, Interval
-from autopar_solver.stage_dp_prices import price_devices, priced_devices
+from autopar_solver.stage_dp_prices import moved_cost, price_devices, priced_devices, spread
 from autopar_solver.stage_dp_problem import Array, StagePlan, StageProblem, Stages, price
 
 kernels: Any = stage_dp_kernels  # numba's functions have no types a checker could use
@@ -56,6 +56,10 @@ class Search:
         self.began = time.perf_counter()
         self.weights = self.problem.weights
         self.available = np.array(self.problem.available, np.int64)
+        self.transfer = np.array(
+            self.problem.transfer
+        )  # a copy: kernels are compiled for writable arrays only
+        self.moved = moved_cost(self.problem)
         self.ceiling = math.inf
         self.floor = 0.0
 
@@ -90,11 +94,17 @@ class Search:
                 return
             width = boxes.width(self.problem, box)
             if width <= self._narrow(box) and (width == 0 or 2 * len(box.arcs) <= box.tried):
-                dropped = self._labels(box)
+                target = min(self.cut, box.bound * (1 + box.reach)) if box.bound > 0 else self.cut
+                dropped = self._labels(box, target)
                 if dropped >= self.cut:
                     return
-                bound = max(box.bound, min(dropped, self.objective))
-                box = replace(box, bound=bound, tried=len(box.arcs))
+                box = replace(box, bound=max(box.bound, min(dropped, self.objective)))
+                if (
+                    dropped >= target
+                ):  # nothing below the target; look further when this box is the best again
+                    self._push(replace(box, reach=4 * box.reach))
+                    return
+                box = replace(box, tried=len(box.arcs))
             parts = boxes.split(self.problem, box)
             if parts:
                 for part in parts:
@@ -146,10 +156,9 @@ class Search:
         arcs, prices = box.arcs, box.prices
         assert prices is not None
         total = self.weights.total
-        transfer = self.problem.transfer if total else np.where(np.isinf(self.problem.transfer), np.inf, 0.0)
         row, before = prices.rows[-1], prices.before[-1]
         priced = kernels.through_bounds(
-            arcs.flat, arcs.seconds * total, transfer, row, arcs.positions, before
+            arcs.flat, arcs.seconds * total, self.moved, row, arcs.positions, before
         )
         slow = np.maximum(arcs.slow, box.slow[0])
         extra = np.maximum(arcs.extra, box.extra[0])
@@ -160,29 +169,33 @@ class Search:
             + self.weights.fixed * extra
         )
 
-    def _labels(self, box: Box) -> float:
-        """Run the label program on a box; the least bound of what it left out (inf: nothing)."""
+    def _labels(self, box: Box, target: float) -> float:
+        """Run the label program on a box for plans below a target; the least bound of what it left out.
+
+        A target not far above the box's bound keeps labels few while good plans are still unknown.
+        """
         assert box.prices is not None
         arcs = box.arcs
+        prices = spread(self.problem, arcs, box.prices)
         paths, dropped, _ = kernels.label_pass(
             arcs.flat,
             arcs.seconds,
             arcs.extra,
-            self.problem.transfer,
+            self.transfer,
             self.problem.transfer_blocks,
             self.available,
-            box.prices.rows,
-            box.prices.before,
+            prices.rows,
+            prices.before,
             np.array(self.weights),
             (*box.slow, *box.extra),
-            self.cut,
+            target,
             box.cap,
             SCAN,
             FINALS,
         )
         for path in paths:
             self._offer(arcs, path[path >= 0])
-        return float(dropped)
+        return min(float(dropped), target) if target < self.cut else float(dropped)
 
     # -- plans, bounds, time
     # --------------------------------------------------------------------------------------
