@@ -59,6 +59,7 @@ class Shape:
     tied: bool = True
     clip: bool = True
     mask: bool = True
+    shared: bool = False  # all blocks use one weight
     decay: bool = False  # a sum of squared parameters in the loss
     accuracy: bool = False
     skips: tuple[tuple[int, int], ...] = ()
@@ -70,8 +71,9 @@ def train_step(s: Shape) -> tuple[Graph, tuple[bool, ...]]:
     m = Maker()
     table = m.arg((V, D), "p.table")
     head = table if s.tied else m.arg((V, D), "p.head")
-    weights = [m.arg((D, D), f"p.w{k}") for k in range(s.blocks)]
+    weights = [m.arg((D, D), f"p.w{k}") for k in range(1 if s.shared else s.blocks)]
     params = [table, *([] if s.tied else [head]), *weights]
+    weights *= s.blocks if s.shared else 1
     moments = [m.arg(m.values[p].shape, f"m.{m.values[p].name[2:]}") for p in params]
     count = m.arg((), "count")
     ids, labels = m.arg((B,), "ids"), m.arg((B,), "labels")
@@ -109,7 +111,10 @@ def train_step(s: Shape) -> tuple[Graph, tuple[bool, ...]]:
     later: dict[int, int] = {}
     for k in reversed(range(s.blocks)):
         m.layer = k if s.named else None
-        grads[weights[k]] = m.dot(hs[k], g, (D, D), "dw")
+        own = m.dot(hs[k], g, (D, D), "dw")
+        if weights[k] in grads:
+            own = m.op("add_any", (grads[weights[k]], own), (D, D))
+        grads[weights[k]] = own
         d = m.dot(g, weights[k], (B, D))
         d = m.op("dgelu", (d, xs[k]), (B, D))
         m.layer = None
@@ -235,6 +240,7 @@ shapes = st.builds(
     tied=st.booleans(),
     clip=st.booleans(),
     mask=st.booleans(),
+    shared=st.booleans(),
     decay=st.booleans(),
     accuracy=st.booleans(),
     skips=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5)), max_size=2).map(tuple),
@@ -303,6 +309,32 @@ def test_every_weight_lives_on_one_stage(named: bool):
         if name.startswith("m."):
             twin = next(w for w in held if graph.values[w].name == "p." + name[2:])
             assert held[v] == held[twin]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_one_weight_for_all_blocks(named: bool):
+    """The last use of the weight must not draw the backward of earlier blocks to the last stage."""
+    graph = completed(Shape(blocks=4, named=named, shared=True, tied=False), layers=4)
+    segments = cut(graph, (0, 1, 2, 3))
+    check_cut(graph, segments)
+    work = [sum(graph.equations[i].op == "dgelu" for i in s.equations) for s in segments]
+    assert [n for s, n in zip(segments, work) if s.phase is Phase.BACKWARD] == [1, 1, 1, 1] if named else True
+    (weight,) = [v for v in graph.inputs if graph.values[v].name == "p.w0"]
+    assert holders(graph, segments)[weight][0] == 0
+
+
+def test_the_home_of_state_is_where_its_next_value_is_made():
+    m = Maker(phase=Phase.FORWARD)
+    w, state, x = m.arg((D, D), "w"), m.arg((D, D), "state"), m.arg((B, D), "x")
+    m.layer = 0
+    x0 = m.dot(x, state, (B, D))
+    m.layer = 1
+    new = m.dot(x0, w, (D, D))
+    layers, batch = ("a", "b"), (x,)
+    graph = Graph(tuple(m.values), tuple(m.equations), (w, state, x), (new,), layers, ((0, 1),), batch)
+    segments = cut(assign(graph), (0, 1))
+    assert holders(graph, segments) == {w: (1,), state: (1, 0), x: (0,)}
+    check_cut(graph, segments)
 
 
 def test_tied_gradient_crosses_once_per_step():

@@ -30,9 +30,7 @@ def cluster(*nodes: tuple[Device, int], network: float = 3e9) -> Cluster:
 MIXED = cluster((FAST, 2), (SLOW, 2))
 
 
-def chain(
-    layers: int, microbatches: int = 4, backward: bool = True, wide: int = 1000, dtype="float32"
-) -> Graph:
+def chain(layers: int, microbatches=4, backward=True, wide=1000, dtype="float32", tied=False) -> Graph:
     """x → x·w₀ → … with a skip from first to last layer, its backward and an update of the weights."""
     values, equations = [], []
 
@@ -51,7 +49,9 @@ def chain(
     for k, w in enumerate(weights):
         x = op("dot", (x, w), (wide, 7 * (k + 1)), Phase.FORWARD, k)
         xs.append(x)
-    if layers > 2:
+    if tied:
+        x = op("dot", (x, weights[0]), (wide, 7), Phase.FORWARD, layers - 1)
+    elif layers > 2:
         x = op("add", (x, xs[0]), (wide, 7 * layers), Phase.FORWARD, layers - 1)
     outputs, g = [], x
     for k in reversed(range(layers if backward else 0)):
@@ -180,6 +180,9 @@ def test_plan_is_the_best_of_all(case: int, seed: int):
     assert found.objective == pytest.approx(best, rel=1e-6)
     assert found.bound <= found.objective * (1 + 1e-9) and found.bound >= best * (1 - 1e-5)
     assert options.least <= len(found.stages) <= (options.most or layers)
+    for stage in found.stages:
+        assert len(set(stage.devices)) == stage.mesh.size
+        assert {MIXED.node(node).device for node in stage.nodes} == {stage.mesh.device}
 
 
 def test_brute_force_sees_plans_and_failures():
@@ -250,6 +253,21 @@ def test_links_join_the_stages_that_exchange():
     pairs = {(link.source, link.to) for link in found.links}
     assert pairs == {(0, 1), (1, 2), (0, 2), (2, 1), (1, 0)}  # the skip goes straight from 0 to 2
     assert set(holders(graph, found.segments)) == set(graph.inputs)
+
+
+def test_new_state_is_linked_to_every_holder():
+    graph, prices = chain(3, wide=10, tied=True), Prices(3, memory=0.1)
+    found = plan(graph, MIXED, prices, prices.shard, Options(stages=3))
+    assert holders(graph, found.segments)[graph.inputs[0]] == (0, 2)
+    assert {(link.source, link.to) for link in found.links} == {(0, 1), (1, 2), (0, 2), (2, 1), (1, 0)}
+
+
+def test_the_largest_workspace_counts():
+    def price(layer, mesh):
+        return (Offer(1.0, 1.0, 0.0, 1.0, 1.0, 5 * GB if layer == 1 else 1.0),)
+
+    found = plan(chain(2), MIXED, price, lambda e, mesh, n: sharding(mesh, n), Options(stages=2))
+    assert found.stages[1].mesh.device == FAST  # the others have 4 GB
 
 
 def test_more_stages_than_layers_or_devices():

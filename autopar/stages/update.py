@@ -28,7 +28,6 @@ def apply_layers(draft: Draft) -> None:
         before = list(draft.layer), dict(home)
         _from_operands(draft, home, named)
         _with_parameter(draft, home, named)
-        _from_readers(draft, home)
         _house(draft, home, held)
         if before == (draft.layer, home):
             break
@@ -103,18 +102,6 @@ def _elementwise(graph: Graph, i: int) -> bool:
     equation, values = graph.equations[i], graph.values
     tensors = {values[v].shape for v in (*equation.operands, *equation.outputs) if values[v].size > 1}
     return equation.kind in (OpKind.FUSED, OpKind.VIEW) and len(equation.outputs) == 1 == len(tensors)
-
-
-def _from_readers(draft: Draft, home: dict[int, int]) -> None:
-    """Gives tensors made from homeless operands (a moment times its decay) the layer of what reads them."""
-    for i in reversed(draft.of_phase(Phase.APPLY)):
-        if draft.layer[i] is not None or not draft.big(i):
-            continue
-        after = {k for j in draft.readers(i) if (k := draft.layer[j]) is not None}
-        operands = draft.graph.equations[i].operands
-        homeless = any(v not in draft.maker and v not in home and not draft.scalar(v) for v in operands)
-        if len(after) == 1 or (after and homeless):
-            draft.layer[i] = min(after)
 
 
 def _house(draft: Draft, home: dict[int, int], held: set[int]) -> None:
