@@ -1,21 +1,22 @@
-"""Captures a user's step: one run on tracers, normalised into a graph that the other rooms can plan."""
+"""Captures a user's step: run on tracers, normalised into a graph that the other rooms can plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from jax.extend.core import Literal
+from jax.extend.core import Literal, Var
 
 from autopar.core.errors import BadInput
 from autopar.core.graph import Graph
-from autopar.trace import boundary, gradient, marks
+from autopar.trace import boundary, gradient, marks, microbatch, rng_slices
 from autopar.trace.arguments import Call, Tree, shapes, split_call, take_apart
 from autopar.trace.fingerprint import fingerprint
 from autopar.trace.flat import Flat, dce, flatten
 from autopar.trace.graph import trace
+from autopar.trace.microbatch import Analysis
 from autopar.trace.rules import RuleBook
 from autopar.trace.staging import Staged, definition, stage
 from autopar.trace.state import Roles, roles
@@ -44,18 +45,19 @@ def capture(
         fun: a pure function of pytrees.
         args: example arguments; `jax.ShapeDtypeStruct`s in place of arrays are enough.
         kwargs: keyword arguments, likewise.
-        static_argnums: positions of arguments that are passed on as they are; the function may branch on them.
+        static_argnums: positions of arguments passed on as they are; the function may branch on them.
         static_argnames: names of such arguments.
-        batch_argnums: positions of the arguments that are the batch; None: those that are no state and whose arrays agree
-            on a leading dim (see `state.roles`).
+        batch_argnums: positions of the arguments that are the batch; None: those that are no state and whose
+            arrays agree on a leading dim (see `state.roles`).
         microbatches: how many pieces the batch is cut into; shapes in the graph are those of one.
         assign: completes the layers and phases that names leave open (`stages.assign.assign`).
-        remat: layers whose backward computes the forward again (names; True for all); only where `autopar.grad` or
-            `autopar.value_and_grad` says what is differentiated.
+        remat: names of layers (True: all) whose backward computes the forward again; only where
+            `autopar.grad` or `autopar.value_and_grad` says what is differentiated.
         rules: where factor rules are kept.
     Raises:
         TraceError: the function cannot be captured; the message names the line.
-        BadInput: an argument number that does not exist, a batch that `microbatches` does not divide.
+        MixedExamples: the micro-batches' results do not make the full batch's; the message names the line.
+        BadInput: an argument that does not exist, a batch that `microbatches` does not divide.
     """
     if microbatches < 1:
         raise BadInput(f"expected at least 1 micro-batch, got {microbatches}")
@@ -64,19 +66,85 @@ def capture(
     full = shapes(tree.arrays)
     staged = stage(fun, call, tree, full)
     role = roles(call, tree, full, staged.result, batch_argnums, microbatches)
-    flat = normalise(staged, assign, remat, rules)
-    if microbatches > 1:
-        raise NotImplementedError("micro-batches are not joined to capture yet; use microbatches=1")
-    traced = _assemble(fun, call, tree, full, staged, role, flat, rules)
-    traced = replace(traced, graph=_assigned(traced.graph, assign))
+    step = _Step(fun, call, tree, tuple(full), staged, role, microbatches)
+    flat, analysis, index = _cut_batch(step, rules)
+    gradients = _gradient_variables(flat)
+    traced = _assemble(step, normalise(flat, assign, remat, rules), index, gradients, rules)
+    graph = traced.graph
+    if analysis is not None:
+        graph = replace(graph, combine=analysis.combinations(graph, traced.values))
+    traced = replace(traced, graph=_assigned(graph, assign))
     traced = replace(traced, fingerprint=fingerprint(traced))
     traced.check()
     return traced
 
 
-def normalise(staged: Staged, assign: Assign, remat: frozenset[str] | bool, rules: RuleBook) -> Flat:
-    """Returns a staged function as marked, flat equations, gradient equations differentiated layer by layer."""
-    flat = dce(flatten(staged.closed))
+@dataclass(frozen=True)
+class _Step:
+    """A function, its arguments and what one run on tracers told about them."""
+
+    fun: Callable[..., Any]
+    call: Call
+    tree: Tree
+    full: tuple[Any, ...]
+    staged: Staged
+    role: Roles
+    microbatches: int
+
+    @property
+    def paths(self) -> list[str]:
+        """Returns the names of the arguments' arrays."""
+        return [self.call.describe(path) for path in self.tree.paths]
+
+
+def _cut_batch(step: _Step, rules: RuleBook) -> tuple[Flat, Analysis | None, Var | None]:
+    """Returns the step for one micro-batch, how its results combine, and its index if it needs to know it."""
+    full = dce(flatten(step.staged.closed))
+    m = step.microbatches
+    if m == 1:
+        return full, None, None
+    staged = stage(step.fun, step.call, step.tree, _cut_shapes(step))
+    micro = dce(flatten(staged.closed))
+    batch = [i for i, cut in enumerate(step.role.batch) if cut]
+    analysis = microbatch.analyse(full, micro, m, batch, rules)
+    if not rng_slices.draws_per_example(analysis.flat, full):
+        return analysis.flat, analysis, None
+    sliced = microbatch.slice_rng(analysis.flat, full, m)
+    return sliced, analysis, sliced.inputs[-1]
+
+
+def _cut_shapes(step: _Step) -> list[jax.ShapeDtypeStruct]:
+    m = step.microbatches
+    if not any(step.role.batch):
+        raise BadInput(
+            f"microbatches={m}, but no argument was recognised as the batch (arrays that agree on a leading "
+            f"dim of at least {m}); say which with batch_argnums"
+        )
+    cut = []
+    for path, s, is_batch in zip(step.paths, step.full, step.role.batch):
+        if is_batch and s.shape[0] % m:
+            raise BadInput(
+                f"{path} has {s.shape[0]} examples, which {m} micro-batches do not divide; "
+                f"choose a batch that is a multiple of {m} or other microbatches"
+            )
+        shape = (s.shape[0] // m, *s.shape[1:]) if is_batch else s.shape
+        cut.append(jax.ShapeDtypeStruct(shape, s.dtype, weak_type=s.weak_type))
+    return cut
+
+
+def _gradient_variables(flat: Flat) -> list[tuple[Any, Any]]:
+    """Returns (gradient, what it is for) as far as gradient equations say it."""
+    found = []
+    for i in gradient.gradient_equations(flat):
+        equation = flat.equations[i]
+        wrt = equation.params["wrt"]
+        made = equation.outvars[len(equation.outvars) - len(wrt) :]
+        found += [(v, equation.invars[n]) for v, n in zip(made, wrt)]
+    return found
+
+
+def normalise(flat: Flat, assign: Assign, remat: frozenset[str] | bool, rules: RuleBook) -> Flat:
+    """Returns a step with its marks, gradient equations differentiated layer by layer, boundaries removed."""
     if gradient.gradient_equations(flat):
         flat = gradient.differentiate(flat, assign, lambda f: trace(marks.annotate(f), rules).graph, remat)
         flat = boundary.remove(flat)  # they have done their work where the forward was cut
@@ -91,39 +159,39 @@ def _assigned(graph: Graph, assign: Assign) -> Graph:
 
 
 def _assemble(
-    fun: Callable[..., Any],
-    call: Call,
-    tree: Tree,
-    full: Sequence[Any],
-    staged: Staged,
-    role: Roles,
-    flat: Flat,
-    rules: RuleBook,
+    step: _Step, flat: Flat, index: Var | None, gradients: Sequence[tuple[Any, Any]], rules: RuleBook
 ) -> Traced:
-    paths = [call.describe(path) for path in tree.paths]
-    out_paths = [f"result{jax.tree_util.keystr(tuple(path))}" for path in staged.result.paths]
-    names = {v: name for v, name in zip(flat.outputs, out_paths) if not isinstance(v, Literal)}
-    names |= dict(zip(flat.inputs, paths))
+    result = step.staged.result
+    out_paths = [f"result{jax.tree_util.keystr(tuple(path))}" for path in result.paths]
+    names = {v: name for v, name in zip(flat.outputs, out_paths) if isinstance(v, Var)}
+    names |= dict(zip(flat.inputs, [*step.paths, "index of the micro-batch"]))
     traced = trace(flat, rules, names)
     graph = traced.graph
+    ids = {v: i for i, v in enumerate(traced.values)}
     leaves = tuple(
-        Leaf(path, tuple(s.shape), str(s.dtype), (v,), is_batch, position)
-        for path, s, v, is_batch, position in zip(paths, full, graph.inputs, role.batch, tree.positions)
+        Leaf(path, tuple(s.shape), str(s.dtype), (v,), cut, position)
+        for path, s, v, cut, position in zip(
+            step.paths, step.full, graph.inputs, step.role.batch, step.tree.positions
+        )
     )
+    batch = tuple(v for leaf in leaves if leaf.batch for v in leaf.values)
     return replace(
         traced,
         graph=replace(
             graph,
-            aliases=role.aliases,
-            batch=tuple(v for leaf in leaves if leaf.batch for v in leaf.values),
+            aliases=step.role.aliases,
+            batch=batch if index is None else (*batch, ids[index]),
+            microbatches=step.microbatches,
+            gradients=tuple((ids[g], ids[p]) for g, p in gradients if g in ids and p in flat.inputs),
         ),
-        in_tree=tree.structure,
-        out_tree=staged.result.structure,
+        in_tree=step.tree.structure,
+        out_tree=result.structure,
         leaves=leaves,
-        out_leaves=_out_leaves(flat, graph, staged.result, out_paths),
-        statics=tree.statics,
-        out_statics=staged.result.statics,
-        name=getattr(fun, "__name__", type(fun).__name__),
+        out_leaves=_out_leaves(flat, graph, result, out_paths),
+        statics=step.tree.statics,
+        out_statics=result.statics,
+        index=None if index is None else ids[index],
+        name=getattr(step.fun, "__name__", type(step.fun).__name__),
     )
 
 

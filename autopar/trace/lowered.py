@@ -150,7 +150,9 @@ class Composer:
         whole = {factors[k] for k in [*rule.need_replication_factors, *rule.permutation_factors]}
         if op.name == "stablehlo.reduce" and len(op.results) > 1:
             whole |= reductions  # an argmax has no all-reduce: XLA gathers
-        if op.name == "stablehlo.custom_call":  # a library's kernel: a dim of its own can be cut on neither side
+        if (
+            op.name == "stablehlo.custom_call"
+        ):  # a library's kernel: a dim of its own can be cut on neither side
             sides = [rule.operand_mappings, rule.result_mappings]
             used = [{f for t in side for d in _dims(t, factors) for f in d} for side in sides]
             whole |= used[0] ^ used[1]

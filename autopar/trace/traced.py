@@ -50,6 +50,7 @@ class Traced:
         out_leaves: those of the result.
         statics: position in the argument tree → leaf that is not an array (compared by equality).
         out_statics: position in the result tree → leaf that is not an array.
+        index: id of the input that says which micro-batch it is (an int32 scalar), None where nothing reads it.
         fingerprint: equal for equal steps (operations, shapes, parameters), also in another process.
         name: of the function.
         notes: what a person should know: equations without a rule, and why.
@@ -66,6 +67,7 @@ class Traced:
     out_leaves: tuple[Leaf, ...] = ()
     statics: Mapping[int, Any] = field(default_factory=dict)
     out_statics: Mapping[int, Any] = field(default_factory=dict)
+    index: int | None = None
     fingerprint: str = ""
     name: str = ""
     notes: tuple[str, ...] = ()
@@ -84,7 +86,9 @@ class Traced:
             if node.loop is not None:
                 self.bodies[i].check()
                 assert self.bodies[i].graph == node.loop.body, f"equation {i}: body"
-        assert {v for leaf in self.leaves for v in leaf.values} == set(graph.inputs) or not self.leaves
+        if self.in_tree is not None:
+            fed = [v for leaf in self.leaves for v in leaf.values]
+            assert [*fed, *([] if self.index is None else [self.index])] == list(graph.inputs), "inputs"
 
     def __str__(self) -> str:
         count = sum(len(b.equations) for b in self.bodies.values())

@@ -32,7 +32,9 @@ _VIEWS = frozenset(
         "transpose",
     }
 )
-_WRITES = frozenset({"random_bits", "random_gamma", "random_split", "while", "cond"})  # their rules look elementwise
+_WRITES = frozenset(
+    {"random_bits", "random_gamma", "random_split", "while", "cond"}
+)  # their rules look elementwise
 
 
 def kind(equation: JaxprEqn, rule: Rule | None) -> OpKind:
