@@ -1,4 +1,4 @@
-"""Executables: the results are the single device's, and what is passed in and handed out behaves as promised."""
+"""Executables: results are the single device's; what is passed in and handed out behaves as promised."""
 
 import functools
 import gc
@@ -14,7 +14,7 @@ import pytest
 from autopar import runtime
 from autopar.core.errors import BackendError, BadInput
 from autopar.core.mesh import Axis, Device, Mesh
-from autopar.core.plan import Memory, Plan, ShardingPlan, Stage
+from autopar.core.plan import Plan, Stage
 from autopar.models import gpt, mlp
 from autopar.models.step import adamw, init_state, train_step
 from autopar.program import check, emit, schedule
@@ -50,8 +50,8 @@ def make_plan(traced, meshes, kind="1f1b", stage_of_layer=None):
     ids |= {*graph.inputs, *graph.constants, *(v for v in graph.outputs if v is not None)}
     return Plan(
         traced.fingerprint, graph.layers, tuple(stages), (), graph.microbatches, kind, segments,
-        tuple((v, graph.values[v]) for v in sorted(ids)), graph.inputs, graph.outputs, graph.aliases, graph.batch,
-        graph.constants, graph.combine, 0.0, 0.0,
+        tuple((v, graph.values[v]) for v in sorted(ids)), graph.inputs, graph.outputs, graph.aliases,
+        graph.batch, graph.constants, graph.combine, 0.0, 0.0,
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ WORDS = gpt.GPTConfig(vocabulary=64, positions=16, layers=3, hidden=32, heads=4,
 
 @functools.cache
 def language_model():
-    # SGD: Adam makes an order-one update of a gradient that is mathematically zero (the attention's key bias).
+    # SGD: Adam makes an order-one update of a gradient that is truly zero (the attention's key bias).
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, momentum=0.9))
     step = train_step(functools.partial(gpt.loss, WORDS), optimizer, value_and_grad)
     return step, init_state(functools.partial(gpt.init, WORDS), optimizer, jax.random.key(0), dropout=True)
@@ -300,7 +300,7 @@ def test_compiled_text_memory_and_timeline(trained):
 
 def test_too_few_devices():
     step, state = perceptron()
-    with pytest.raises(BackendError, match="needs 8 devices, this process has 4.*device_count=8"):
+    with pytest.raises(BackendError, match=r"needs 8 devices, this process has 4.*device_count=8"):
         executable(step, (state, vectors(0)), (mesh(8),), backend=InProcess(tuple(jax.devices()[:4])))
 
 

@@ -1,4 +1,4 @@
-"""Runs plans: segments become compiled functions, and each worker's program is interpreted, here or on a cluster."""
+"""Runs plans: segments become compiled functions, workers interpret programs, here or on a cluster."""
 
 from autopar.runtime.array import DistributedArray, fetch
 from autopar.runtime.backend import Backend, Session, StageMemory

@@ -1,5 +1,4 @@
-"""Leaves of a result that are no single `jax.Array` of this process: held by another process, or in
-pieces."""
+"""Leaves that are no single `jax.Array` of this process: held by another process, or in pieces."""
 
 from __future__ import annotations
 
@@ -13,6 +12,7 @@ import numpy as np
 from autopar.core.errors import BadInput
 from autopar.core.program import Buffer
 from autopar.runtime.backend import Session
+from autopar.runtime.layout import is_key
 
 Array = Any
 
@@ -26,8 +26,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """Where a leaf lives: pieces along dim 0, in order, each a buffer of a stage. One piece: the whole
-    leaf."""
+    """Where a leaf lives: its pieces along dim 0, in order, each a buffer of a stage."""
 
     pieces: tuple[tuple[int, Buffer], ...]
 
@@ -89,8 +88,7 @@ class DistributedArray:
             raise consumed(self.name, self._generation.consumed)
 
     def fetch(self) -> Array:
-        """Returns the whole array: numpy, or a `jax.Array` of a typed PRNG key. Raises BadInput once it is
-        stale."""
+        """Returns the whole array: numpy, or a typed PRNG key. Raises BadInput once it is stale."""
         self.check()
         if self._pending is None:
             waits = [self.session.fetcher(stage, [buffer])() for stage, buffer in self.home.pieces]
@@ -104,7 +102,7 @@ class DistributedArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = self.fetch()
-        if jax.dtypes.issubdtype(self.dtype, jax.dtypes.prng_key):
+        if is_key(self.dtype):
             raise TypeError(
                 f"{self.name} is a typed PRNG key, which numpy has no type for; use jax.random.key_data"
             )
@@ -146,8 +144,9 @@ def consumed(name: str, step: int | None) -> BadInput:
 
 def assemble(pieces: Sequence[Array], dtype: Any) -> Array:
     """Returns one host array from its pieces along dim 0; key data becomes a typed key again."""
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_whole([_data(x) for x in pieces]), impl=dtype._impl.name)
+    if is_key(dtype):
+        data = jax.numpy.asarray(_whole([_data(x) for x in pieces]))
+        return jax.random.wrap_key_data(data, impl=dtype._impl.name)
     return _whole([np.asarray(x) for x in pieces])
 
 
@@ -156,7 +155,7 @@ def _whole(pieces: list[np.ndarray]) -> np.ndarray:
 
 
 def _data(x: Array) -> np.ndarray:
-    return np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+    return np.asarray(jax.random.key_data(x) if is_key(x.dtype) else x)
 
 
 def fetch(tree: Any) -> Any:

@@ -18,9 +18,8 @@ class StageMemory:
     """Bytes on one device of a stage.
 
     Attributes:
-        arguments, outputs, temporary, aliased: of the compiled segment that needs most (outputs that reuse a
-            donated
-            argument's memory count in `aliased` too).
+        arguments, outputs, temporary: of the compiled segment that needs most.
+        aliased: of its outputs, what reuses the memory of donated arguments.
         segment: which one that is.
         peak: arguments + outputs − aliased + temporary of that segment.
         predicted: what the plan says the device needs at its worst moment.

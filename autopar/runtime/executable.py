@@ -25,8 +25,7 @@ def load(plan: Plan, program: Program, traced: Any, backend: Backend, donate: bo
     Args:
         plan, program: what to run; traced: the function it was made from (`autopar.trace.traced.Traced`).
         backend: who runs it, e.g. `InProcess()`.
-        donate: whether arrays passed to a call may be taken over and deleted, as `jax.jit(donate_argnums=…)`
-            does.
+        donate: whether arrays passed to a call may be taken over and deleted, as `jax.jit` can.
             Without it they are copied when they are first seen, and stay valid.
 
     Raises:
@@ -70,8 +69,7 @@ class Executable:
         return self._step(args, kwargs, measured=False)
 
     def measure(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the step's results, having waited for every instruction; `timeline()` then says what took
-        how long."""
+        """Returns the step's results, every instruction waited for and timed: see `timeline()`."""
         return self._step(args, kwargs, measured=True)
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any], measured: bool) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from autopar.core.errors import BadInput
 from autopar.core.program import Buffer, Program
 from autopar.runtime.array import DistributedArray, consumed
-from autopar.runtime.layout import as_dtype
+from autopar.runtime.layout import as_dtype, is_key
 
 Array = Any
 
@@ -34,9 +34,9 @@ def read(leaf: Any, x: Any) -> Array:
     if isinstance(x, jax.ShapeDtypeStruct):
         raise BadInput(f"{leaf.path}: expected an array, got its shape only ({x}); pass the array itself")
     if shape != leaf.shape or (dtype is not None and not _same(dtype, leaf.dtype)):
-        got = f"{dtype or type(x).__name__}[{','.join(map(str, shape))}]"
+        want, got = _text(leaf.dtype, leaf.shape), _text(dtype or type(x).__name__, shape)
         raise BadInput(
-            f"{leaf.path}: expected {leaf.dtype}[{','.join(map(str, leaf.shape))}] as in the traced call, got {got}; "
+            f"{leaf.path}: expected {want} as in the traced call, got {got}; "
             "pass arrays of the same shapes, or plan and compile the step again for these"
         )
     if isinstance(x, jax.Array | DistributedArray):
@@ -44,10 +44,14 @@ def read(leaf: Any, x: Any) -> Array:
     return np.asarray(x, as_dtype(leaf.dtype))
 
 
+def _text(dtype: Any, shape: tuple[int, ...]) -> str:
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
 def _same(dtype: Any, expected: str) -> bool:
     if str(dtype) == expected:
         return True
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    if is_key(dtype):
         return False
     return str(jax.dtypes.canonicalize_dtype(dtype)) == expected
 
@@ -62,8 +66,7 @@ def _splitter(count: int) -> Callable[[Array], list[Array]]:
 
 
 def split(x: Array, count: int) -> Sequence[Array]:
-    """Returns the micro-batches of one leaf: `count` equal parts along dim 0, in order (views, of a numpy
-    array)."""
+    """Returns the micro-batches of one leaf: `count` equal parts along dim 0, in order."""
     if count == 1:
         return (x,)
     if isinstance(x, jax.Array):

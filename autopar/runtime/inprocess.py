@@ -27,6 +27,7 @@ from autopar.program.walk import Walk
 from autopar.runtime import layout
 from autopar.runtime.backend import StageMemory
 from autopar.runtime.interpreter import Interpreter
+from autopar.runtime.layout import JaxDevice
 from autopar.runtime.lower import lower
 from autopar.runtime.segments import Compiled, consumed, donations, read_once, slots
 from autopar.runtime.transfer import LocalTransport, own, share
@@ -38,18 +39,18 @@ PATIENCE = 600.0
 
 @dataclass(frozen=True)
 class InProcess:
-    """A backend that runs all stages on this process's devices, in order; `devices` defaults to
-    `jax.devices()`."""
+    """A backend that runs all stages on this process's devices (`jax.devices()` by default), in order."""
 
-    devices: tuple[jax.Device, ...] | None = None
+    devices: tuple[JaxDevice, ...] | None = None
 
     def start(self, plan: Plan, program: Program, traced: Any) -> InProcessSession:
         """Returns a session. Raises BackendError when the plan needs more devices than there are."""
         devices = tuple(jax.devices()) if self.devices is None else tuple(self.devices)
         if len(devices) < plan.devices:
             raise BackendError(
-                f"the plan needs {plan.devices} devices, this process has {len(devices)}; to emulate them on a CPU "
-                f"set XLA_FLAGS=--xla_force_host_platform_device_count={plan.devices} before importing jax"
+                f"the plan needs {plan.devices} devices, this process has {len(devices)}; to emulate them on "
+                f"a CPU set XLA_FLAGS=--xla_force_host_platform_device_count={plan.devices} "
+                "before importing jax"
             )
         return InProcessSession(plan, program, traced, devices)
 
@@ -59,7 +60,7 @@ class InProcessSession:
 
     local = True
 
-    def __init__(self, plan: Plan, program: Program, traced: Any, devices: Sequence[jax.Device]):
+    def __init__(self, plan: Plan, program: Program, traced: Any, devices: Sequence[JaxDevice]):
         self.plan, self.program = plan, program
         self.meshes = _split(plan.stages, devices)
         self._slots = [slots(stage, worker) for stage, worker in zip(plan.stages, program)]
@@ -203,7 +204,7 @@ def dispatch_order(program: Program) -> list[tuple[int, int]]:
     return [(step.worker, step.index) for step in Walk(program, seconds=lambda w, i: 1.0).run().steps]
 
 
-def _split(stages: Sequence[Stage], devices: Sequence[jax.Device]) -> list[jax.sharding.Mesh]:
+def _split(stages: Sequence[Stage], devices: Sequence[JaxDevice]) -> list[jax.sharding.Mesh]:
     meshes, start = list[jax.sharding.Mesh](), 0
     for stage in stages:
         meshes.append(layout.jax_mesh(stage.mesh, devices[start : start + stage.mesh.size]))
@@ -217,8 +218,7 @@ def stage_name(index: int, stage: Stage) -> str:
 
 
 def stage_memory(stage: Stage, segments: Mapping[str, Compiled]) -> StageMemory:
-    """Returns what the compiler says of the segment that needs most memory, beside what the plan says of the
-    stage."""
+    """Returns what the compiler says of the stage's biggest segment, beside what the plan says."""
     rows: list[StageMemory] = []
     for name, segment in segments.items():
         found = segment.executable.memory_analysis()

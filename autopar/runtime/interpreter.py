@@ -115,8 +115,7 @@ class Interpreter:
         return True
 
     def bound(self, position: int) -> Callable[[], bool | None]:
-        """Returns one instruction as a function of no arguments, for a caller that orders several workers
-        itself."""
+        """Returns one instruction as a function, for a caller that orders several workers itself."""
         return functools.partial(self.operations[position], self._registers)
 
     def measure(self, start: float) -> list[Event]:
@@ -274,8 +273,7 @@ def _last_pieces(instructions: Sequence[Instruction]) -> set[int]:
 
 
 def _dies_next(instructions: Sequence[Instruction]) -> set[int]:
-    """Positions of the Accumulates whose operands are all freed right afterwards: a first sum may take their
-    memory."""
+    """Positions of Accumulates whose operands are freed right after: a first sum may take their place."""
     dying: set[int] = set()
     for position, (instruction, following) in enumerate(itertools.pairwise(instructions)):
         if isinstance(instruction, Accumulate) and isinstance(following, Free):

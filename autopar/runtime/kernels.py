@@ -21,8 +21,7 @@ def _scaled(x: Array, scale: float) -> Array:
 
 @functools.cache
 def begin(scale: float, shardings: Shardings, donate: bool) -> Callable[[Sequence[Array]], list[Array]]:
-    """Returns a function xs → [scale·x]: the sums after the first micro-batch. donate: xs are dead
-    afterwards."""
+    """Returns a function xs → [scale·x]: the sums so far. donate: it may take the memory of xs."""
 
     def start(xs: Sequence[Array]) -> list[Array]:
         # A real copy even where scale is 1: jit hands an input that is returned unchanged back as the same

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -16,11 +17,12 @@ from autopar.core.program import Slot
 from autopar.core.spec import Spec, text
 
 JaxMesh = jax.sharding.Mesh | AbstractMesh
+JaxDevice: TypeAlias = Any
+"""A `jax.Device`, which type checkers do not see as a class."""
 
 
-def jax_mesh(mesh: Mesh, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
-    """Returns `mesh` over real devices (in mesh order, row-major), with axes that take sharding
-    constraints."""
+def jax_mesh(mesh: Mesh, devices: Sequence[JaxDevice]) -> jax.sharding.Mesh:
+    """Returns `mesh` over real devices, row-major, with axes that take sharding constraints."""
     grid = np.asarray(devices, dtype=object).reshape(mesh.shape)
     return jax.sharding.Mesh(grid, mesh.names, axis_types=(AxisType.Auto,) * len(mesh.names))
 
@@ -32,8 +34,7 @@ def abstract_mesh(mesh: Mesh) -> AbstractMesh:
 
 @functools.cache
 def named(jmesh: JaxMesh, spec: Spec) -> NamedSharding:
-    """Returns the sharding of `spec` on `jmesh`; equal arguments give the same object, which keeps dispatch
-    fast."""
+    """Returns the sharding of `spec` on `jmesh`, the same object each time: that keeps dispatch fast."""
     return NamedSharding(jmesh, PartitionSpec(*(dim[0] if len(dim) == 1 else dim or None for dim in spec)))
 
 
@@ -60,10 +61,15 @@ def as_dtype(name: str) -> Any:
     if name.startswith("key<"):
         impl = _KEYS.get(name[4:-1], name[4:-1])
         return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
-    return jax.numpy.dtype(name)
+    return jnp.dtype(name)
 
 
 _KEYS = {"fry": "threefry2x32", "urbg": "unsafe_rbg"}
+
+
+def is_key(dtype: Any) -> bool:
+    """Returns whether a dtype is that of typed PRNG keys, which numpy does not know."""
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def slot_sharding(jmesh: JaxMesh, slot: Slot) -> NamedSharding:

@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from autopar.runtime.layout import JaxDevice
+
 Array = Any
 Tiling = tuple[int, ...]
 """Into how many tiles each dim is cut."""
@@ -54,9 +56,8 @@ def meeting(shape: tuple[int, ...], target: Tiling, source: int, destination: in
     return tuple(tiles)
 
 
-def tiled(devices: Sequence[jax.Device], tiles: Tiling) -> NamedSharding:
-    """Returns the layout on these devices, in order, that cuts a tensor into `tiles`; devices left over hold
-    copies."""
+def tiled(devices: Sequence[JaxDevice], tiles: Tiling) -> NamedSharding:
+    """Returns the layout that cuts a tensor into `tiles` over these devices; left-over ones hold copies."""
     names = tuple(f"t{d}" for d in range(len(tiles)))
     grid = np.asarray(devices, dtype=object).reshape(*tiles, -1)
     mesh = jax.sharding.Mesh(grid, (*names, "copies"), axis_types=(AxisType.Auto,) * grid.ndim)
@@ -71,8 +72,7 @@ def _identity(layouts: tuple[jax.sharding.Sharding, ...]) -> Callable[[list[Arra
 def carrier(
     arrays: Sequence[Array], targets: Sequence[NamedSharding]
 ) -> Callable[[Sequence[Array]], list[Array]]:
-    """Returns a function that brings arrays like these into the target layouts; made once per kind of
-    message."""
+    """Returns a function that brings arrays like these into the target layouts."""
     leave, arrive = list[NamedSharding | None](), list[NamedSharding]()
     for x, target in zip(arrays, targets, strict=True):
         out, into = _way(x, target)
@@ -108,5 +108,6 @@ def _way(x: Array, target: NamedSharding) -> tuple[NamedSharding | None, NamedSh
     return leave, target if tiles == wanted else tiled(destination, tiles)
 
 
-def _devices(sharding: NamedSharding) -> tuple[jax.Device, ...]:
+def _devices(sharding: NamedSharding) -> tuple[JaxDevice, ...]:
+    assert isinstance(sharding.mesh, jax.sharding.Mesh), "arrays lie on real meshes"
     return tuple(sharding.mesh.devices.flat)

@@ -68,8 +68,7 @@ def donations(worker: Worker) -> dict[str, tuple[int, ...]]:
 
 
 def _replaced(worker: Worker) -> dict[int, set[int]]:
-    """Returns instruction → positions of state inputs that one of its outputs replaces before they are read
-    again."""
+    """Returns instruction → positions of state inputs that its own outputs replace, unread in between."""
     state, found = set(worker.state), dict[int, set[int]]()
     heir: dict[Buffer, Buffer | None] = {}  # buffer → what takes its name next; None: it is read before
     for n in range(len(worker.instructions) - 1, -1, -1):

@@ -64,8 +64,8 @@ class Signature:
         got_tree = jax.tree.structure((args, kwargs))
         return (
             "the arguments have another structure than in the traced call: "
-            f"{what or f'expected {self._tree}, got {got_tree}'}; pass the same trees, positional and keyword "
-            "arguments alike, or plan the step again"
+            f"{what or f'expected {self._tree}, got {got_tree}'}; "
+            "pass the same trees, positional and keyword arguments alike, or plan the step again"
         )
 
 

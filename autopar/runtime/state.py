@@ -1,5 +1,4 @@
-"""The state between calls: which arrays the workers hold, so that the ones they made themselves cost
-nothing."""
+"""The state between calls: which arrays the workers hold already, so that passing those costs nothing."""
 
 from __future__ import annotations
 

@@ -34,8 +34,7 @@ def own(arrays: Sequence[Array], shardings: Sequence[jax.sharding.Sharding], don
 
 
 def share(arrays: Sequence[Array], shardings: Sequence[jax.sharding.Sharding]) -> list[Array]:
-    """Returns the arrays in these layouts; one that lies so already is not copied, so it must never be
-    donated."""
+    """Returns the arrays in these layouts, possibly the arrays themselves: never donate them."""
     return jax.device_put(list(arrays), list(shardings))
 
 
@@ -60,15 +59,14 @@ class LocalTransport:
     def __init__(
         self,
         slots: Sequence[dict[int, Slot]],
-        sharding: Callable[[int, Buffer], jax.sharding.Sharding],
+        sharding: Callable[[int, Buffer], jax.sharding.NamedSharding],
     ):
         self._slots, self._sharding = slots, sharding
         self._routes: dict[tuple[int, str], Callable[[Sequence[Array]], list[Array]]] = {}
         self._box: dict[tuple[int, str], list[Array]] = {}
         self._arrived, self._failed = threading.Condition(), False
         self.patience: float | None = None
-        """Seconds a receive waits; None: it returns at once. Set for measured steps, which run a thread per
-        stage."""
+        """Seconds a receive waits; None: not at all. Measured steps, with a thread per stage, set it."""
 
     def send(self, instruction: Send, arrays: Sequence[Array]) -> None:
         route = self._routes.get((instruction.to, instruction.tag))
