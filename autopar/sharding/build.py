@@ -12,7 +12,15 @@ from autopar.sharding.model import Home, Key, Lazy, Model, Read, Scope, Site, St
 from autopar.sharding.options import Options
 from autopar.sharding.region import Region
 from autopar.sharding.resharding import table_for
-from autopar.sharding.strategies import Op, Strategy, Tensor, enumerate_strategies, follow, kind_of, lead
+from autopar.sharding.strategies import (
+    Op,
+    Strategy,
+    Tensor,
+    enumerate_strategies,
+    follow_all,
+    kind_of,
+    lead_all,
+)
 
 EXPANSION = 4
 """An elementwise result at least this many times its sources is computed where it is read, in the reader's
@@ -33,6 +41,7 @@ class Builder:
     def __init__(self, region: Region, grid: Grid, device: Device, options: Options):
         self.region, self.grid, self.device, self.options = region, grid, device, options
         self.kept = dict(options.dtypes)
+        self.itemsizes: dict[str, int] = {}
         self.products = dict(options.products)
         self.ties = dict(region.ties)
         self.pinned = {v for v, _ in options.pinned}
@@ -65,7 +74,9 @@ class Builder:
     # values
     def nbytes(self, value: Value) -> int:
         """Returns the bytes of a value in the element type that this stage keeps it in."""
-        return value.size * itemsize(self.kept.get(value.dtype, value.dtype))
+        if value.dtype not in self.itemsizes:
+            self.itemsizes[value.dtype] = itemsize(self.kept.get(value.dtype, value.dtype))
+        return value.size * self.itemsizes[value.dtype]
 
     def layouts(self, shape: tuple[int, ...]) -> tuple[Layout, ...]:
         return table_for(shape, self.grid).layouts
@@ -181,7 +192,7 @@ class Builder:
     ) -> None:
         """Puts an equation on the node of the operand it follows."""
         home = self.model.homes[dict(tensors)[main]]
-        ways = tuple(follow(op, main, layout, self.grid) for layout in home.layouts)
+        ways = follow_all(op, main, home.layouts, self.grid)
         self.run(scope, i, e, home.node, ways, tensors)
 
     def choose(self, scope: Scope, i: int, e: Equation, op: Op, tensors: list[tuple[int, Key]]) -> None:
@@ -217,10 +228,9 @@ class Builder:
         times = self.region.times(phase) * scope.trips
         self.model.steps.append(Step(scope.path, i, e, node, ways, phase, times, self.model.ticks))
         for k, key in tensors:
-            wants = [w.operands[k] for w in ways]
-            if wants and wants[0] is not None:
-                target = Home(node, tuple(w for w in wants if w is not None))
-                self.pull(key, target, (scope.path, i, k), phase, times)
+            wants = tuple(w for way in ways if (w := way.operands[k]) is not None)
+            if wants:
+                self.pull(key, Home(node, wants), (scope.path, i, k), phase, times)
         for j, v in enumerate(e.outputs):
             if self.rank(scope, v):
                 site = scope.path, i, j
@@ -254,7 +264,8 @@ class Builder:
     def through(self, lazy: Lazy, operand: int, target: Home) -> Home:
         """Returns how a node wants an operand of a lazy equation, given how it wants the result."""
         assert lazy.op is not None, "a lazy value with sources has a rule"
-        layouts = [lead(lazy.op, lazy.position, x, self.grid).operands[operand] for x in target.layouts]
+        ways = lead_all(lazy.op, lazy.position, target.layouts, self.grid)
+        layouts = [way.operands[operand] for way in ways]
         return Home(target.node, tuple(x for x in layouts if x is not None))
 
     # lazy values
@@ -285,7 +296,7 @@ class Builder:
         node = self.model.node("made", len(layouts), ("free", value.shape, False))
         home = Home(node, layouts)
         if lazy.op is not None:
-            ways = tuple(lead(lazy.op, lazy.position, x, self.grid) for x in layouts)
+            ways = lead_all(lazy.op, lazy.position, layouts, self.grid)
             self.model.steps.append(
                 Step(key[0], lazy.index, e, node, ways, phase, times, self.model.first[key])
             )

@@ -185,7 +185,7 @@ def _pin(model: Model, region: Region, grid: Grid, options: Options) -> None:
             value = region.values[v]
             raise PlanError(
                 f"{value.name or 'a value'} {value} cannot be kept as {text(spec)}: an axis does not "
-                "divide its dim, or the operation that makes it cannot give that layout; choose axes that divide"
+                "divide its dim, or the operation that makes it cannot give it; choose axes that divide"
             )
         model.nodes[home.node].cost[wrong] = math.inf
 

@@ -1,9 +1,10 @@
 """From one layout to another: the cheapest chain of moves that the partitioner performs exactly as priced.
 
 Asked for an arbitrary change of layout in one step, XLA may gather everything ("involuntary full
-rematerialization"). It does what one would expect for four kinds of single steps: slicing by a new minor axis, gathering a minor
-axis, an all-to-all of a minor axis, and reordering the axes of one dim. So only chains of these are planned
-and priced, and the runtime constrains the value to every layout on the way (`hops`).
+rematerialization"). It does what one would expect for four kinds of single steps: slicing by a new minor
+axis, gathering a minor axis, an all-to-all of a minor axis, and reordering the axes of one dim. So only
+chains of these are planned and priced, and the runtime constrains the value to every layout on the way
+(`hops`).
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ class Table:
         self.index = {layout: i for i, layout in enumerate(self.layouts)}
         self._chains: dict[int, dict[int, tuple[Move, ...]]] = {}
         self._rows: dict[int, npt.NDArray[np.float64]] = {}
+        self._prices: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], npt.NDArray[np.float64]] = {}
 
     def chain(self, source: Layout, target: Layout) -> tuple[Move, ...]:
         """Returns the cheapest moves from one layout to another."""
@@ -95,8 +97,11 @@ class Table:
         """Returns (2, sources, targets): the fixed seconds, and the seconds per byte of the whole tensor."""
         if not sources or not targets:
             return np.zeros((2, len(sources), len(targets)))
-        rows = np.stack([self._row(self.index[s]) for s in sources], axis=1)
-        return rows[:, :, [self.index[t] for t in targets]]
+        key = tuple(sources), tuple(targets)
+        if key not in self._prices:
+            rows = np.stack([self._row(self.index[s]) for s in sources], axis=1)
+            self._prices[key] = rows[:, :, [self.index[t] for t in targets]]
+        return self._prices[key]
 
     def _row(self, source: int) -> npt.NDArray[np.float64]:
         if source not in self._rows:

@@ -220,7 +220,6 @@ def seconds_of(
     return compute(op.kind, flops, op.rate, op.bandwidth, reads, writes, bool(op.rule.reductions))
 
 
-@functools.lru_cache(maxsize=262144)
 def follow(op: Op, operand: int, layout: Layout, grid: Grid) -> Strategy:
     """Returns how an operation runs when it follows one operand's layout as far as its rule lets it."""
     dims = op.rule.operands[operand]
@@ -228,7 +227,20 @@ def follow(op: Op, operand: int, layout: Layout, grid: Grid) -> Strategy:
     return run_with(op, assignment(dims, layout, op.rule, grid), grid)
 
 
-@functools.lru_cache(maxsize=262144)
+@functools.lru_cache(maxsize=16384)
+def follow_all(op: Op, operand: int, layouts: tuple[Layout, ...], grid: Grid) -> tuple[Strategy, ...]:
+    """Returns how an operation follows each of an operand's layouts."""
+    each = {layout: follow(op, operand, layout, grid) for layout in dict.fromkeys(layouts)}
+    return tuple(each[layout] for layout in layouts)
+
+
+@functools.lru_cache(maxsize=16384)
+def lead_all(op: Op, result: int, layouts: tuple[Layout, ...], grid: Grid) -> tuple[Strategy, ...]:
+    """Returns how an operation gives a result in each layout."""
+    each = {layout: lead(op, result, layout, grid) for layout in dict.fromkeys(layouts)}
+    return tuple(each[layout] for layout in layouts)
+
+
 def lead(op: Op, result: int, layout: Layout, grid: Grid) -> Strategy:
     """Returns how an operation runs so that its result comes out in a layout, as far as its rule lets it."""
     return run_with(op, assignment(op.rule.results[result], layout, op.rule, grid), grid)
