@@ -264,7 +264,8 @@ def test_new_state_is_linked_to_every_holder():
 
 def test_the_largest_workspace_counts():
     def price(layer, mesh):
-        return (Offer(1.0, 1.0, 0.0, 1.0, 1.0, 5 * GB if layer == 1 else 1.0),)
+        seconds = 2.0 if mesh.device == FAST else 1.0
+        return (Offer(seconds, 0.0, 0.0, 1.0, 1.0, 5 * GB if layer == 1 else 1.0),)
 
     found = plan(chain(2), MIXED, price, lambda e, mesh, n: sharding(mesh, n), Options(stages=2))
     assert found.stages[1].mesh.device == FAST  # the others have 4 GB
