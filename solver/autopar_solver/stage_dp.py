@@ -134,6 +134,8 @@ def solve_stages(
     search = Search(problem, seconds, max(gap, TOLERANCE), progress)
     try:
         search.run()
+        if runner_ups:
+            search.look_around()
     except KeyboardInterrupt:
         search.interrupted = True
     solution = _solution(search, runner_ups)

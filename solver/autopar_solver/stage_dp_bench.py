@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What a case took: seconds, peak bytes of the whole process, and the answer's quality."""
+    """What a case took: wall-clock and processor seconds, peak bytes of the process, and the answer's quality."""
 
     case: Case
     choices: int
     stages: int
     seconds: float
+    processor: float
     objective: float
     bound: float
     gap: float
@@ -72,10 +74,12 @@ def measure(case: Case, seconds: float) -> Row:
         objective=case.objective,
         noise=case.noise,
     )
+    before = time.process_time()
     found = solve_stages(problem, seconds=seconds)
+    processor = time.process_time() - before
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    answer = (found.seconds, found.objective, found.bound, found.gap, found.status)
+    answer = (found.seconds, processor, found.objective, found.bound, found.gap, found.status)
     return Row(case, len(problem.choices), len(found.stages), *answer, peak)
 
 
@@ -88,7 +92,7 @@ def measure_apart(case: Case, seconds: float) -> Row:
 
 HEADER = (
     f"{'objective':<11}{'layers':>6}{'kinds':>6}{'devices':>8}{'B':>5}{'noise':>6}{'choices':>8}{'stages':>7}"
-    f"{'seconds':>9}{'cost':>11}{'bound':>11}{'gap':>9}{'peak GB':>8}  status"
+    f"{'seconds':>9}{'cpu s':>7}{'cost':>11}{'bound':>11}{'gap':>9}{'peak GB':>8}  status"
 )
 
 
@@ -97,7 +101,7 @@ def line(row: Row) -> str:
     case = row.case
     return (
         f"{type(case.objective).__name__:<11}{case.layers:>6}{len(case.available):>6}{case.devices:>8}"
-        f"{case.microbatches:>5}{case.noise:>6}{row.choices:>8}{row.stages:>7}{row.seconds:>9.2f}"
+        f"{case.microbatches:>5}{case.noise:>6}{row.choices:>8}{row.stages:>7}{row.seconds:>9.2f}{row.processor:>7.2f}"
         f"{row.objective:>11.6f}{row.bound:>11.6f}{row.gap:>9.3%}{row.peak / 1e9:>8.2f}  {row.status}"
     )
 

@@ -183,7 +183,7 @@ def beats(x, y, value, whole, kind, width):
 
 @njit(cache=True)
 def in_order(value, column, labels):
-    """The labels by their entry in a column of `value`, least first (one sort for all: each kind costs compile time)."""
+    """The labels by their entry in a column of `value`, least first (one sort for all: compiling is slow)."""
     key = np.empty(len(labels))
     for x in range(len(labels)):
         key[x] = value[labels[x], column]

@@ -195,16 +195,15 @@ class _Kelley:
 def spread(problem: StageProblem, arcs: Arcs, prices: Prices, factor: float = 1.5) -> Prices:
     """The prices with rows added that make one kind dearer each.
 
-    The best prices say little about a suffix that has used up more of a kind than its share; these do, which prunes
-    such suffixes and steers a beam away from them.
+    The best prices say little about a suffix that has used up more of a kind than its share; these do, which
+    prunes such suffixes and steers a beam away from them.
     """
     best = prices.rows[-1]
     rows = best[None, :] * (1 + (factor - 1) * np.eye(len(best)))
     cost, moved = arcs.seconds * problem.weights.total, moved_cost(problem)
     tables = [kernels.prefix_bounds(arcs.flat, cost, moved, row, arcs.positions)[0] for row in rows]
-    order = [0, *range(1, len(prices.rows))]
     return replace(
         prices,
-        rows=np.concatenate([prices.rows[:1], rows, prices.rows[order[1:]]]),
-        before=np.concatenate([prices.before[:1], np.array(tables), prices.before[order[1:]]]),
+        rows=np.concatenate([prices.rows[:1], rows, prices.rows[1:]]),
+        before=np.concatenate([prices.before[:1], np.array(tables), prices.before[1:]]),
     )

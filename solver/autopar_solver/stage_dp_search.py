@@ -23,6 +23,7 @@ TOLERANCE = 1e-9
 SCAN = 400  # labels each new one is compared with
 MOST_CAP = 200_000  # labels per layer beyond which a box is given up
 FINALS = 64  # plans taken from each pass
+NEARBY = 0.02  # how much worse a runner-up may be for it to be looked for
 MOST_PLANS = 1000  # remembered for runner-ups
 
 Progress = Callable[[float, float, float, float], None]
@@ -63,9 +64,6 @@ class Search:
         self.ceiling = math.inf
         self.floor = 0.0
 
-    # -- the loop
-    # -------------------------------------------------------------------------------------------------
-
     def run(self) -> None:
         """Branch and bound over boxes, best bound first."""
         arcs = arcs_of(self.problem)
@@ -99,9 +97,8 @@ class Search:
                 if dropped >= self.cut:
                     return
                 box = replace(box, bound=max(box.bound, min(dropped, self.objective)))
-                if (
-                    dropped >= target
-                ):  # nothing below the target; look further when this box is the best again
+                if dropped >= target:
+                    # Nothing lies below the target: look further when this box is the best again.
                     self._push(replace(box, reach=4 * box.reach))
                     return
                 box = replace(box, tried=len(box.arcs))
@@ -123,9 +120,6 @@ class Search:
     def _push(self, box: Box) -> None:
         if box.bound < self.cut:
             heapq.heappush(self.open, box)
-
-    # -- one box
-    # --------------------------------------------------------------------------------------------------
 
     def _tighten(self, box: Box) -> Box:
         """The box with new prices and bound, without the arcs that no plan below the cut can use."""
@@ -169,7 +163,7 @@ class Search:
             + self.weights.fixed * extra
         )
 
-    def _labels(self, box: Box, target: float) -> float:
+    def _labels(self, box: Box, target: float, finals: int = FINALS) -> float:
         """Run the label program on a box for plans below a target; the least bound of what it left out.
 
         A target not far above the box's bound keeps labels few while good plans are still unknown.
@@ -191,14 +185,24 @@ class Search:
             target,
             box.cap,
             SCAN,
-            FINALS,
+            finals,
         )
         for path in paths:
             self._offer(arcs, path[path >= 0])
         return min(float(dropped), target) if target < self.cut else float(dropped)
 
-    # -- plans, bounds, time
-    # --------------------------------------------------------------------------------------
+    def look_around(self) -> None:
+        """Take note of plans a little worse than the best (one beam near the best's slowest stage)."""
+        if self.best is None or self.interrupted:
+            return
+        more = NEARBY * self.objective
+        slowest = self.best.slowest + (more / self.weights.slowest if self.weights.slowest else math.inf)
+        fixed = max(float(self.problem.fixed[c, i, j]) for i, j, c in self.best.stages) + more
+        arcs = arcs_of(self.problem)
+        arcs = arcs.where((arcs.slow <= slowest) & (arcs.extra <= fixed))
+        box = self._priced(Box(0.0, (0.9 * self.best.slowest, slowest), (0.0, fixed), arcs), 20)
+        box = self._priced(replace(box, arcs=arcs.where(self._through(box) < self.objective + more)), 4)
+        self._labels(box, self.objective + more, 10 * FINALS)
 
     @property
     def objective(self) -> float:
