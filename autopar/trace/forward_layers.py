@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from autopar.core.graph import Graph, Phase
+from autopar.core.graph import Graph
 from autopar.trace import compat
 from autopar.trace.compat import Atom
-from autopar.trace.flat import Builder, Flat, Mark, dce, flatten, inline, to_jaxpr
+from autopar.trace.flat import Builder, Flat, dce, flatten, inline, to_jaxpr
 from autopar.trace.grad_equation import GRAD, as_jax_would
+from autopar.trace.held_function import function_of
 
 _REMAT = frozenset({"remat2", "remat", "checkpoint"})
 
@@ -39,24 +40,26 @@ class Forward:
 
 def forward_of(equation: JaxprEqn) -> Forward:
     """Returns the function held by a GRAD equation."""
-    closed, wrt, names = equation.params["jaxpr"], equation.params["wrt"], equation.params["layers"]
-    inputs: dict[int, Var] = {}
-    taken: set[Var] = set()
+    function, wrt = function_of(equation), equation.params["wrt"]
+    names: dict[Var, Var] = {}
     for i in (*wrt, *(i for i in range(len(equation.invars)) if i not in wrt)):
         a = equation.invars[i]
-        inputs[i] = a if isinstance(a, Var) and a not in taken else compat.variable(closed.in_avals[i])
-        taken.add(inputs[i])
-    ordered = [inputs[i] for i in range(len(equation.invars))]
-    builder = Builder()
-    stack = equation.source_info.name_stack
-    outputs = inline(
-        builder, closed, ordered, Mark(None, Phase.FORWARD), keep=compat.DIFFERENTIABLE, stack=stack
+        if isinstance(a, Var) and a not in names.values():
+            names[function.inputs[i]] = a
+    flat = expand_gradients(dce(_renamed_inputs(function, names)))
+    return Forward(flat, tuple(equation.invars), tuple(flat.inputs[i] for i in wrt))
+
+
+def _renamed_inputs(flat: Flat, names: dict[Var, Var]) -> Flat:
+    def read(a: Atom) -> Atom:
+        return names.get(a, a) if isinstance(a, Var) else a
+
+    return replace(
+        flat,
+        inputs=tuple(names.get(v, v) for v in flat.inputs),
+        outputs=tuple(map(read, flat.outputs)),
+        equations=tuple(e.replace(invars=[read(a) for a in e.invars]) for e in flat.equations),
     )
-    if names is not None:
-        assert len(names) == len(builder.equations), "a pass marked a function that it had not flattened"
-        builder.marks = [Mark(name, Phase.FORWARD) for name in names]
-    flat = expand_gradients(dce(builder.flat(ordered, outputs)))
-    return Forward(flat, tuple(equation.invars), tuple(inputs[i] for i in wrt))
 
 
 def expand_gradients(flat: Flat, top: bool = True) -> Flat:

@@ -22,6 +22,7 @@ from autopar.trace.forward_layers import (
 )
 from autopar.trace.grad_equation import GRAD, grad, value_and_grad
 from autopar.trace.layer_vjp import Derivative, Layer, cut, differentiate_layer, relocated, tracebacks
+from autopar.trace.rename import keep_names
 
 __all__ = ["GRAD", "differentiate", "grad", "gradient_equations", "value_and_grad"]
 
@@ -49,7 +50,8 @@ def differentiate(
     equation without a layer that parameters flow through (a cast) is copied into each layer that reads it;
     any other stays single, marked with the forward phase and no layer.
 
-    Gradient equations inside scan, while and cond are differentiated by JAX as a whole.
+    Gradient equations inside scan, while and cond are differentiated by JAX as a whole. Variables of `flat`
+    keep their identity.
 
     Args:
         flat: a step, as `flatten` returns it.
@@ -77,8 +79,8 @@ def _refuse_chained(flat: Flat) -> None:
         source = next((tainted[a] for a in equation.invars if isinstance(a, Var) and a in tainted), None)
         if source is not None and equation.primitive is GRAD:
             raise NotImplementedError(
-                f"the gradient of {equation.params['name']} depends on the gradient of {source.params['name']}"
-                " in the same step; differentiate one of them with jax.grad, or make it two steps"
+                f"the gradient of {equation.params['name']} depends on that of {source.params['name']} in the"
+                " same step; differentiate one of them with jax.grad, or make it two steps"
             )
         source = equation if equation.primitive is GRAD else source
         if source is not None:
@@ -98,7 +100,7 @@ def _replaced(
         list(flat.equations[:at]), list(flat.marks[:at]), [*flat.constants, *assigned.forward.flat.constants]
     )
     results = _Differentiation(builder, assigned, equation, remat).run()
-    env = dict(zip(equation.outvars, results))
+    env = keep_names(builder, at, results, equation.outvars)
 
     def renamed(atoms: Sequence[Atom]) -> list[Atom]:
         return [env.get(a, a) if isinstance(a, Var) else a for a in atoms]
