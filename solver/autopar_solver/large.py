@@ -4,7 +4,8 @@ import math
 import os
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,21 +15,34 @@ from autopar_solver.kernels import Graph
 from autopar_solver.problem import IntArray
 from autopar_solver.run import Run
 from autopar_solver.search import Walker, penalised
+from autopar_solver.submilp import SubMilp, cost_of
 
 DUAL_SHARE = 0.4
 FIRST_DUAL_SHARE = 0.06
 COOLING_SHARE = 0.85
 START_TEMPERATURE = 2e-5
+FALL_BEHIND = 2e-3
+PATCH_SECONDS = 2.0
 
 
 @dataclass
 class Board:
-    """What the threads of a large solve share: prices, and whether to stop."""
+    """What the threads of a large solve share: prices, the best choice (value without the constant), when to stop."""
 
     price: FloatArray
     bound: float
-    start: IntArray
-    stop: threading.Event
+    x: IntArray
+    value: float
+    stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def offer(self, x: IntArray, value: float) -> bool:
+        """Takes a feasible choice if it is the best of all threads."""
+        with self.lock:
+            better = value < self.value
+            if better:
+                self.x, self.value = x.copy(), value
+            return better
 
 
 def threads_of(run: Run) -> int:
@@ -36,36 +50,39 @@ def threads_of(run: Run) -> int:
     return run.workers or min(8, os.cpu_count() or 1)
 
 
-def large_route(run: Run, c: Compact) -> None:
-    """Searches until time is up or the gap is closed; the bound and the best choice end up in `run`."""
+def large_route(run: Run, c: Compact, beside: threading.Thread | None = None) -> None:
+    """Searches until time is up or the gap is closed; the bound and the best choice end up in `run`.
+
+    beside: the thread of the exact route, if that is running.
+    """
     dual = Dual(c)
     graph = penalised(c)
-    first_dual(run, c, dual)
-    board = Board(starting_prices(dual, c), dual.bound, dual.x.copy(), threading.Event())
-    jobs = [lambda: climb(run, c, dual, board, graph)]
-    jobs += [lambda k=k: walk(run, c, graph, board, k) for k in range(1, max(2, threads_of(run)))]
+    board = Board(dual.price, -math.inf, dual.x, math.inf)
+    first_dual(run, c, dual, board)
+    jobs: list[Callable[[], None]] = [lambda: climb(run, c, dual, board, graph)]
+    extra = threads_of(run) - 1 - (beside is not None)
+    jobs += [lambda k=k: walk(run, c, graph, board, k) for k in range(1, 1 + max(0, extra))]
     run_threads(run, jobs, board.stop)
-    run.note(
-        f"prices: {dual.evaluations} evaluations, bound {dual.bound:.10g}, {int((dual.best_price > 0).sum())} priced"
-    )
+    priced = int((dual.best_price > 0).sum())
+    run.note(f"prices: {dual.evaluations} evaluations, bound {dual.bound:.10g}, {priced} segments priced")
 
 
-def first_dual(run: Run, c: Compact, dual: Dual) -> None:
+def first_dual(run: Run, c: Compact, dual: Dual, board: Board) -> None:
     """Climbs for a moment, so that the search starts with sensible prices."""
     end = run.elapsed() + FIRST_DUAL_SHARE * run.left()
-    while run.elapsed() < end or dual.evaluations < 5:
-        if run.done():
-            return
-        dual_step(run, c, dual)
+    while (run.elapsed() < end or dual.evaluations < 5) and not run.done():
+        dual_step(run, c, dual, board)
         run.report("prices")
+    if not math.isfinite(board.value):
+        board.x = dual.x.copy()
 
 
-def dual_step(run: Run, c: Compact, dual: Dual) -> None:
-    """One step of the dual; its bound and, if feasible, its rounding go to `run`."""
-    target = math.inf if run.objective is None else float(run.objective)
-    x, cost, used = dual.climb(target)
+def dual_step(run: Run, c: Compact, dual: Dual, board: Board) -> None:
+    """One step of the dual: its prices and bound, and its rounding if that is feasible, go to all."""
+    x, cost, used = dual.climb(board.value + c.const)
     run.raise_bound(dual.bound)
-    if math.isfinite(cost) and cost < target and (used <= c.cap).all():
+    board.price, board.bound = starting_prices(dual, c), dual.bound
+    if cost - c.const < board.value and (used <= c.cap).all() and board.offer(x, cost - c.const):
         run.offer(c.restore(x))
 
 
@@ -73,8 +90,7 @@ def climb(run: Run, c: Compact, dual: Dual, board: Board, graph: Graph) -> None:
     """The dual's thread: climbs for its share of the time or until it stalls, then searches like the others."""
     end = run.elapsed() + DUAL_SHARE * run.left()
     while run.elapsed() < end and not board.stop.is_set() and dual.step_size > 1e-4:
-        dual_step(run, c, dual)
-        board.price, board.bound = starting_prices(dual, c), dual.bound
+        dual_step(run, c, dual, board)
     walk(run, c, graph, board, 0)
 
 
@@ -87,30 +103,42 @@ def starting_prices(dual: Dual, c: Compact) -> FloatArray:
 
 def walk(run: Run, c: Compact, graph: Graph, board: Board, k: int) -> None:
     """A searching thread: cools down from its own temperature, then polishes the best choice of all threads."""
-    walker = Walker(c, graph, board.start, run.seed * 64 + k)
+    walker = Walker(c, graph, board.x, run.seed * 64 + k)
+    patches = SubMilp(c, run.seed * 64 + k) if k == 0 else None
     began, polishing = run.elapsed(), False
-    sent = math.inf
     while not board.stop.is_set() and not run.done():
-        share = (run.elapsed() - began) / max(1e-9, run.seconds - began)
-        temperature = 0.0
-        if share < COOLING_SHARE and walker.over <= 0:
-            temperature = (
-                abs(board.bound) * START_TEMPERATURE * 4.0 ** ((k + 1) % 3 - 1) * (1 - share / COOLING_SHARE)
-            )
-        elif share >= COOLING_SHARE and not polishing and math.isfinite(walker.best):
+        share = (run.elapsed() - began) / max(1e-9, run.seconds - began) / COOLING_SHARE
+        hottest = abs(board.bound) * START_TEMPERATURE * 4.0 ** ((k + 1) % 3 - 1)
+        temperature = hottest * (1 - share) if share < 1 and walker.over <= 0 else 0.0
+        if board.value < walker.best - (FALL_BEHIND * abs(board.bound) if share < 1 else 0.0):
+            walker.move_to(board.x)
+        elif share >= 1 and not polishing and math.isfinite(walker.best):
             polishing = True
             walker.move_to(walker.best_x)
-        if walker.chunk(board.price, temperature) < sent:
-            sent = walker.best
+        walker.chunk(board.price, temperature)
+        if board.offer(walker.best_x, walker.best):
             run.offer(c.restore(walker.best_x))
+        if patches is not None and math.isfinite(board.value):
+            improve_patch(run, c, board, patches)
     run.note(f"search {k}: {walker.total_moves} moves, best {walker.best + c.const:.10g}")
+    if patches is not None:
+        run.note(
+            f"sub-MILP: {patches.tried} tried, {patches.improved} improved, last size {patches.size:.0f}"
+        )
 
 
-def run_threads(run: Run, jobs: list, stop: threading.Event) -> None:
+def improve_patch(run: Run, c: Compact, board: Board, patches: SubMilp) -> None:
+    """Frees one neighbourhood of the best choice; HiGHS may take about as long as a search chunk or two."""
+    better = patches.improve(board.x, min(run.left(), PATCH_SECONDS), board.stop)
+    if better is not None and board.offer(better, cost_of(c, better) - c.const):
+        run.offer(c.restore(better))
+
+
+def run_threads(run: Run, jobs: list[Callable[[], None]], stop: threading.Event) -> None:
     """Runs jobs in threads; this thread reports, hears interrupts, and ends them when the solve is done."""
     failed: list[BaseException] = []
 
-    def guarded(job) -> None:
+    def guarded(job: Callable[[], None]) -> None:
         try:
             job()
         except BaseException as error:

@@ -21,7 +21,6 @@ from autopar_solver.compact import Compact, FloatArray
 from autopar_solver.problem import IntArray
 
 ROWS_AT_ONCE = 15
-BOUND_MARGIN = 1e-7
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,10 +202,16 @@ class Exact:
         self.h.cbSimplexInterrupt += interrupt
 
     def _note_bound(self, scaled: float) -> None:
-        """HiGHS works in floating point: its bound is taken down by 1e-7 of its size before it is believed."""
+        """HiGHS works in floating point, so its bound is lowered before it is believed.
+
+        A dual solution may be infeasible by HiGHS's tolerance of 1e-7 in every column; at any choice the columns
+        sum to nodes + edges. Branches may be cut off 1e-6 too early. Twice the first and the second are taken off.
+        """
         if abs(scaled) < 1e20:
             value = scaled * self.scale + self.model.const
-            value -= BOUND_MARGIN * max(1.0, abs(scaled * self.scale))
+            value -= self.scale * (1e-6 + 2e-7 * (self.c.n + len(self.c.edges))) + 1e-12 * abs(
+                scaled * self.scale
+            )
             if value > self.bound:
                 self.bound = value
                 if self.on_bound is not None:

@@ -56,6 +56,15 @@ class Run:
             self.index, self.objective = index.copy(), cost
         return True
 
+    def settle_on(self, index: IntArray) -> None:
+        """Makes a choice the one returned if it is as good as the best: which of equals was met first is chance."""
+        if (
+            self.objective is not None
+            and self.problem.cost(index) <= self.objective
+            and not self.problem.check(index)
+        ):
+            self.index, self.objective = index.copy(), self.problem.cost(index)
+
     def raise_bound(self, bound: float | int | None) -> None:
         """Takes a valid lower bound; costs are whole numbers, so it is rounded up."""
         if bound is None or (isinstance(bound, float) and not math.isfinite(bound)):

@@ -48,13 +48,13 @@ class Walker:
         self.over = float(np.maximum(self.used - self.c.cap, 0.0).sum())
         self._keep(self.value if self.over <= 0 else math.inf, self.x)
 
-    def chunk(self, price: FloatArray, temperature: float) -> float:
-        """Makes moves for about CHUNK_SECONDS; returns the best cost met so far (inf if none is feasible)."""
+    def chunk(self, price: FloatArray, temperature: float, moves: int | None = None) -> float:
+        """Makes moves, as many as given or for about CHUNK_SECONDS; returns the best cost met so far."""
         began = time.perf_counter()
         seed = (self.seed * 1_000_003 + self.chunks) % 2**31
         self.value, self.over, best, best_x = search(
             self.g, self.c.cost, self.mem, price, self.x, self.used, self.value, self.over,
-            self.moves, LARGEST_TREE, seed, temperature,
+            moves or self.moves, LARGEST_TREE, seed, temperature,
         )  # fmt: skip
         self._keep(best, best_x)
         self.chunks += 1

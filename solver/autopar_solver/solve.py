@@ -22,6 +22,7 @@ def solve(
     gap: float = 0.0,
     workers: int | None = None,
     progress: ProgressCallback | None = None,
+    solver: str = "auto",
 ) -> Choice:
     """Returns the best choice found, its exact cost, and a bound no feasible choice can be below.
 
@@ -32,6 +33,8 @@ def solve(
         gap: stop as soon as (objective - bound) / |objective| is at most this.
         workers: threads to use, by default one per core (at most 8); small problems use one.
         progress: called now and then with the state of the solve.
+        solver: "auto" for our own routes; "cvxpy" for HiGHS on the plain cvxpy model, "cvxpy:SCIP" (or any name
+            cvxpy knows) for another solver on it.
 
     Raises:
         ProblemError: seconds, gap or workers make no sense.
@@ -42,6 +45,8 @@ def solve(
         raise ProblemError(f"the gap must be a number of at least 0, got {gap}")
     if workers is not None and workers < 1:
         raise ProblemError(f"workers must be at least 1, got {workers}")
+    if solver != "auto":
+        return _with_cvxpy(problem, seconds, solver)
     run = Run(problem, time.monotonic(), seconds, seed, gap, workers, progress)
     try:
         _solve(run)
@@ -63,6 +68,15 @@ def _solve(run: Run) -> None:
     from autopar_solver.routes import choose_route  # imports numba and HiGHS: only when they are needed
 
     choose_route(run, reduced)
+
+
+def _with_cvxpy(problem: ChoiceProblem, seconds: float, solver: str) -> Choice:
+    family, _, name = solver.partition(":")
+    if family != "cvxpy":
+        raise ProblemError(f'solver must be "auto", "cvxpy" or "cvxpy:NAME", got {solver!r}')
+    from autopar_solver.cvx import solve_with_cvxpy
+
+    return solve_with_cvxpy(problem, seconds, name or "HIGHS")
 
 
 def summary(run: Run, c: Compact) -> str:

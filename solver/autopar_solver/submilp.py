@@ -1,0 +1,146 @@
+"""Sub-MILP neighbourhoods: some nodes are freed, the rest fixed, and HiGHS finds the best for all of them at once.
+
+Tightly coupled nodes with many choices under a tight limit cannot be improved one tree at a time: several must trade
+memory among themselves. Which nodes are freed alternates between a connected patch of the graph and nodes that are
+alive at one tight moment (neighbourhoods in the sense of Rothberg 2007 and Danna et al. 2005, chosen by structure).
+"""
+
+import math
+import threading
+from dataclasses import replace
+
+import numpy as np
+
+from autopar_solver.compact import Compact, FloatArray
+from autopar_solver.milp import Exact
+from autopar_solver.problem import IntArray
+
+SMALLEST, LARGEST = 4.0, 400.0
+
+
+def restricted(c: Compact, free: IntArray, x: IntArray) -> Compact:
+    """Returns the problem of the nodes in `free` (ascending) alone, all others fixed at x; const is left at 0."""
+    place = np.full(c.n, -1, np.int64)
+    place[free] = np.arange(len(free))
+    cost = [c.cost[c.off[i] : c.off[i + 1]].copy() for i in free]
+    kept: list[int] = []
+    for a, i in enumerate(free.tolist()):
+        for e in range(int(c.ptr[i]), int(c.ptr[i + 1])):
+            j = int(c.nbr[e])
+            if place[j] >= 0:
+                kept.append(e)
+            else:
+                column = c.classes(int(c.rev[e]))[x[j]]
+                cost[a] = cost[a] + c.table(e)[c.classes(e), column]
+    half = np.array(kept, np.int64)
+    new_half = np.full(len(c.nbr), -1, np.int64)
+    new_half[half] = np.arange(len(half))
+    pieces = np.flatnonzero(place[c.item_node] >= 0) if len(c.ioff) else np.zeros(0, np.int64)
+    fixed = x.copy()
+    used = c.usage(fixed)
+    own = c.iu[c.ioff[pieces] + x[c.item_node[pieces]]]
+    steps = np.zeros(c.segments + 1)
+    np.add.at(steps, c.ibeg[pieces], own)
+    np.subtract.at(steps, c.iend[pieces], own)
+    owner = place[c.half_edge_node[half]]
+    return replace(
+        c,
+        nodes=c.nodes[free],
+        const=0,
+        k=c.k[free],
+        off=np.concatenate([[0], np.cumsum(c.k[free])]).astype(np.int64),
+        cost=np.concatenate(cost),
+        ptr=np.searchsorted(owner, np.arange(len(free) + 1)),
+        nbr=place[c.nbr[half]],
+        rev=new_half[c.rev[half]],
+        coff=c.coff[half],
+        ncls=c.ncls[half],
+        eoff=c.eoff[half],
+        iptr=np.searchsorted(place[c.item_node[pieces]], np.arange(len(free) + 1)),
+        ibeg=c.ibeg[pieces],
+        iend=c.iend[pieces],
+        ioff=c.ioff[pieces],
+        cap=c.cap - used + np.cumsum(steps)[:-1],
+    )
+
+
+def patch(c: Compact, rng: np.random.Generator, size: int) -> IntArray:
+    """Returns up to `size` nodes around a random one, nearer ones first."""
+    root = int(rng.integers(c.n))
+    taken, order = {root}, [root]
+    for i in order:
+        around = c.nbr[c.ptr[i] : c.ptr[i + 1]].tolist()
+        rng.shuffle(around)
+        for j in around:
+            if j not in taken and len(order) < size:
+                taken.add(j)
+                order.append(j)
+    return np.array(sorted(order), np.int64)
+
+
+def rivals(c: Compact, rng: np.random.Generator, size: int, used: FloatArray) -> IntArray:
+    """Returns up to `size` nodes alive at one of the tightest moments, half of them with a neighbour."""
+    if not len(c.ioff):
+        return patch(c, rng, size)
+    slack = (c.cap - used) / np.maximum(c.cap, 1.0)
+    tight = np.argsort(slack)[: max(1, len(slack) // 10)]
+    t = int(rng.choice(tight))
+    alive = np.unique(c.item_node[(c.ibeg <= t) & (c.iend > t)])
+    if not len(alive):
+        return patch(c, rng, size)
+    picked = rng.permutation(alive)[: max(2, size * 2 // 3)].tolist()
+    for i in list(picked):
+        around = c.nbr[c.ptr[i] : c.ptr[i + 1]]
+        if len(around) and len(picked) < size:
+            picked.append(int(rng.choice(around)))
+    return np.unique(np.array(picked, np.int64))
+
+
+def size_of(c: Compact) -> int:
+    """Returns how many columns the integer program of a problem has, at most."""
+    return len(c.cost) + int((c.ncls * c.ncls[c.rev]).sum()) // 2
+
+
+class SubMilp:
+    """Tries neighbourhoods one after another; their size follows how fast HiGHS proves them."""
+
+    def __init__(self, c: Compact, seed: int, most_columns: int = 60_000) -> None:
+        self.c, self.seed, self.most_columns = c, seed, most_columns
+        self.rng = np.random.default_rng(seed)
+        self.size, self.tried, self.improved = 12.0, 0, 0
+
+    def improve(self, x: IntArray, seconds: float, stop: threading.Event | None = None) -> IntArray | None:
+        """Returns a better feasible choice near x (which is feasible), or None; takes at most about `seconds`."""
+        size = int(min(self.size, self.c.n))
+        choose = self.rng.random() < 0.5 and self.c.segments > 0
+        free = rivals(self.c, self.rng, size, self.c.usage(x)) if choose else patch(self.c, self.rng, size)
+        part = restricted(self.c, free, x)
+        if size_of(part) > self.most_columns:
+            self.size = max(SMALLEST, self.size * 0.8)
+            return None
+        self.tried += 1
+        exact = Exact(part, seconds, self.seed + self.tried, 1e-6)
+        if stop is not None:
+            exact.stopped = stop
+        outcome = exact.run(x[free])
+        self.size = float(np.clip(self.size * (1.1 if outcome.optimal else 0.8), SMALLEST, LARGEST))
+        if outcome.x is None or not lower(part, outcome.x, x[free]):
+            return None
+        self.improved += 1
+        better = x.copy()
+        better[free] = outcome.x
+        return better
+
+
+def lower(c: Compact, new: IntArray, old: IntArray) -> bool:
+    """Whether a feasible choice costs less than another."""
+    return cost_of(c, new) < cost_of(c, old) and bool((c.usage(new) <= c.cap).all())
+
+
+def cost_of(c: Compact, x: IntArray) -> float:
+    """Returns the cost of a choice per node, inf if it takes a forbidden pair."""
+    total = float(c.cost[c.off[:-1] + x].sum()) + float(c.const)
+    for e in c.edges.tolist():
+        own, other = c.classes(e)[x[c.half_edge_node[e]]], c.classes(int(c.rev[e]))[x[c.nbr[e]]]
+        total += float(c.table(e)[own, other])
+    return total if math.isfinite(total) else math.inf
