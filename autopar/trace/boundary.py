@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from jax.extend.core import JaxprEqn, Literal, Primitive, Var
 from jax.interpreters import ad, batching, mlir
 
 from autopar.core.graph import Phase
+from autopar.trace import compat
 from autopar.trace.flat import Flat
 
 # An identity on the activations, because that is what survives differentiation, batching, jit and remat: its
@@ -47,31 +49,38 @@ def layers(equations: Sequence[JaxprEqn], phases: Sequence[Phase | None]) -> lis
     """Returns per equation the name of its region between boundaries ("layer_0", …), None in the apply phase.
 
     Neighbouring boundaries (the leaves of one tree) are one. The backward pass meets them in reverse order, so
-    its regions are counted down.
+    its regions are counted down; what it recomputes there ends in the region that is differentiated next.
     """
-    count = _runs(equations, phases, backward=False)
-    number = {False: 0, True: count}
-    previous: dict[bool, bool] = {False: False, True: False}
-    found: list[str | None] = []
-    has_backward = Phase.BACKWARD in phases
-    for equation, phase in zip(equations, phases):
-        backward = phase is Phase.BACKWARD
-        here = is_boundary(equation)
-        if here and not previous[backward]:
-            number[backward] += -1 if backward else 1
-        previous[backward] = here
-        outside = phase is None and has_backward
-        found.append(None if outside else f"layer_{max(number[backward], 0)}")
+    backward = [i for i, p in enumerate(phases) if p is Phase.BACKWARD]
+    ahead = [i for i, p in enumerate(phases) if p is not Phase.BACKWARD and (p or not backward)]
+    recomputed = [compat.is_recomputed(e) for e in equations]
+    transposed = [i for i in backward if not recomputed[i]]
+    number: dict[int, int] = _numbered(equations, ahead, 0)
+    last = max(_count(equations, ahead), _count(equations, transposed))
+    now = last
+    for again, group in itertools.groupby(backward, key=recomputed.__getitem__):
+        run = list(group)
+        if again:
+            number |= _numbered(equations, run, now - _count(equations, run))
+        else:
+            down = _numbered(equations, run, 0)
+            number |= {i: now - n for i, n in down.items()}
+            now -= _count(equations, run)
+    return [f"layer_{max(number[i], 0)}" if i in number else None for i in range(len(equations))]
+
+
+def _numbered(equations: Sequence[JaxprEqn], run: Sequence[int], start: int) -> dict[int, int]:
+    """Returns the number of each equation of `run`: one more after each group of boundaries."""
+    found, number, before = {}, start, False
+    for i in run:
+        here = is_boundary(equations[i])
+        number += here and not before
+        found[i], before = number, here
     return found
 
 
-def _runs(equations: Sequence[JaxprEqn], phases: Sequence[Phase | None], backward: bool) -> int:
-    runs, previous = 0, False
-    for equation, phase in zip(equations, phases):
-        if (phase is Phase.BACKWARD) == backward:
-            runs += is_boundary(equation) and not previous
-            previous = is_boundary(equation)
-    return runs
+def _count(equations: Sequence[JaxprEqn], run: Sequence[int]) -> int:
+    return max(_numbered(equations, run, 0).values(), default=0)
 
 
 def remove(flat: Flat) -> Flat:

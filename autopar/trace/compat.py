@@ -68,6 +68,11 @@ def is_recomputation(equation: JaxprEqn) -> bool:
     return bool(params.get("differentiated") and params.get("prevent_cse"))
 
 
+def is_recomputed(equation: JaxprEqn) -> bool:
+    """Returns whether an equation is one that remat evaluates again in the backward pass."""
+    return "rematted_computation" in str(equation.source_info.name_stack)
+
+
 def inner_jaxprs(equation: JaxprEqn) -> list[ClosedJaxpr]:
     """Returns every jaxpr found in the parameters of an equation (bodies, conditions, branches)."""
     found: list[ClosedJaxpr] = []
