@@ -112,7 +112,7 @@ def compositions(layers: int):
         yield list(itertools.pairwise(at))
 
 
-def brute(graph: Graph, where: Cluster, prices: Prices, options: Options) -> float:
+def brute(graph: Graph, where: Cluster, prices: Prices, options: Options, starts=None) -> float:
     """The least step time over everything, from the definitions."""
     choices, best = submeshes(where), math.inf
     layers = len(graph.layers)
@@ -121,6 +121,8 @@ def brute(graph: Graph, where: Cluster, prices: Prices, options: Options) -> flo
     m = graph.microbatches
     for runs in compositions(layers):
         if not options.least <= len(runs) <= (options.most or layers):
+            continue
+        if starts is not None and not starts.issuperset(i for i, _ in runs):
             continue
         if options.max_layers and max(j - i for i, j in runs) > options.max_layers:
             continue
@@ -322,6 +324,15 @@ def test_replacements():
     prices = Prices(3, memory=0.1)
     found = plan(graph, cluster((SLOW, 1)), prices, prices.shard)
     assert "stage 0: slow lacks bfloat16: kept as float32, products in float16" in found.notes
+
+
+def test_large_programs_begin_stages_at_fewer_layers(monkeypatch):
+    monkeypatch.setattr("autopar.stages.problem.MOST_ENTRIES", 1)
+    graph, prices, options = chain(4, wide=10**6), Prices(2, memory=1.0, kept=0.3), Options(stages=2)
+    found = plan(graph, MIXED, prices, prices.shard, options)
+    assert "so many stages of 4 layers: they begin at layers (0, 2) only" in found.notes
+    assert found.objective == pytest.approx(brute(graph, MIXED, prices, options, {0, 2}), rel=1e-6)
+    assert [(s.start, s.stop) for s in found.stages] == [(0, 2), (2, 4)]
 
 
 def test_ninety_six_layers_plan():

@@ -34,8 +34,8 @@ def plan(graph: Graph, cluster: Cluster, price: Price, shard: Shard, options: Op
 
     `objective` and `bound` of the result are seconds per step in that program. What is proven: no
     assignment of runs of layers to submeshes that fits costs less than `bound`, where a run costs what its
-    layers' offers add up to (the same rank of offer for all layers of a run). How far each stage's sharding
-    is from its own optimum is in `stages[i].sharding`.
+    layers' offers add up to (the same rank of offer for all layers of a run) and begins where the notes say,
+    if they do. How far each stage's sharding is from its own optimum is in `stages[i].sharding`.
 
     Args:
         graph: completed by `assign`; `microbatches` is set and shapes are those of one micro-batch.
@@ -94,6 +94,10 @@ class _Planner:
 
     def run(self, program: Program) -> Plan:
         last: _DoesNotFit | _Unplaceable | None = None
+        if len(program.cuts) <= program.layers:
+            self._note(
+                f"so many stages of {program.layers} layers: they begin at layers {program.cuts[:-1]} only"
+            )
         for _ in range(self.options.rounds):
             solution = self._solve(program)
             if not solution.stages:

@@ -18,6 +18,9 @@ Array = NDArray[np.float64]
 MOST_ENTRIES = 20_000_000
 """Entries of one array of the stage program (it has four, of 8 bytes each)."""
 
+RUNS = ("time", "fixed", "memory_fixed", "memory_per_microbatch")
+"""The arrays of a stage problem that have an entry per run of layers."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -27,18 +30,23 @@ class Program:
         problem: as the solver takes it. Its choices are submeshes × offers. If at least n > 1 stages are
             wanted, its layers are n copies of the chain of layers in a row (see `_staged`).
         choices: submesh per problem choice.
-        layers: how many layers the graph has. rows: how many times the chain is there before the last.
+        cuts: the boundaries between the graph's layers at which stages may begin and end, both ends included.
+        rows: how many times the chain is there before the last.
     """
 
     problem: StageProblem
     choices: tuple[MeshChoice, ...]
-    layers: int
+    cuts: tuple[int, ...]
     rows: int
+
+    @property
+    def layers(self) -> int:
+        return self.cuts[-1]
 
     def stages(self, stages: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
         """Returns the (start, stop, choice) of a solution in layers of the graph."""
-        wide = self.layers + 1
-        return tuple((i % wide, j % wide, c) for i, j, c in stages)
+        wide = len(self.cuts)
+        return tuple((self.cuts[i % wide], self.cuts[j % wide], c) for i, j, c in stages)
 
     def forbid(self, start: int, stop: int, choice: int, in_flight: int) -> Program:
         """Returns the program without this run on this submesh where so many micro-batches are in flight.
@@ -47,8 +55,9 @@ class Program:
         """
         per = self.problem.memory_per_microbatch.copy()
         fixed, limit = self.problem.memory_fixed, self.problem.limit
-        wide, count = self.layers + 1, self.problem.layers
-        first, last = np.arange(count)[:, None] % wide, np.arange(count + 1)[None, :] % wide
+        count = self.problem.layers
+        place = np.array(self.cuts)[np.arange(count + 1) % len(self.cuts)]
+        first, last = place[:-1, None], place[None, :]
         longer = (first <= start) & (last >= stop)
         for c, other in enumerate(self.choices):
             if other == self.choices[choice]:
@@ -98,13 +107,26 @@ def build(
         max_stages=min(options.most or layers, layers),
     )
     rows = options.least if options.least > 1 else 0
-    entries = len(submeshes) * ((rows + 1) * (layers + 1)) ** 2
-    if rows and entries > MOST_ENTRIES:
-        raise NotImplementedError(
-            f"at least {rows} stages of {layers} layers on {len(submeshes)} submesh offers are too many; "
-            "use fewer choices (Options.choices) or layers, or limit max_stages only"
-        )
-    return Program(_staged(problem, rows) if rows else problem, tuple(submeshes), layers, rows)
+    cuts = _cuts(layers, rows, len(submeshes))
+    if len(cuts) <= layers:
+        problem = _coarse(problem, cuts)
+    return Program(_staged(problem, rows) if rows else problem, tuple(submeshes), cuts, rows)
+
+
+def _cuts(layers: int, rows: int, choices: int) -> tuple[int, ...]:
+    """Returns the boundaries at which stages may begin: all, or as many as keep a problem with rows small."""
+    wide = layers + 1
+    while rows and wide > rows + 1 and choices * ((rows + 1) * wide) ** 2 > MOST_ENTRIES:
+        wide -= 1
+    return tuple(round(k * layers / (wide - 1)) for k in range(wide))
+
+
+def _coarse(problem: StageProblem, cuts: tuple[int, ...]) -> StageProblem:
+    """Returns the problem in which stages begin and end at these boundaries only."""
+    starts, ends = np.array(cuts[:-1]), np.array(cuts)
+    arrays = {name: getattr(problem, name)[:, starts][:, :, ends] for name in RUNS}
+    most = min(problem.max_stages or len(starts), len(starts))
+    return replace(problem, **arrays, transfer=problem.transfer[starts], max_stages=most)
 
 
 def _fields(offers: tuple[Offer, ...], rank: int) -> tuple[float, ...]:
@@ -190,10 +212,7 @@ def _staged(problem: StageProblem, rows: int) -> StageProblem:
     """
     layers, wide = problem.layers, problem.layers + 1
     count = rows * wide + layers
-    spread = {
-        name: np.zeros((len(problem.choices), count, count + 1))
-        for name in ("time", "fixed", "memory_fixed", "memory_per_microbatch")
-    }
+    spread = {name: np.zeros((len(problem.choices), count, count + 1)) for name in RUNS}
     spread["time"][:] = np.inf
     transfer = np.zeros((count, *problem.transfer.shape[1:]))
     for s in range(rows + 1):
