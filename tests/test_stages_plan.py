@@ -330,7 +330,7 @@ def test_large_programs_begin_stages_at_fewer_layers(monkeypatch):
     monkeypatch.setattr("autopar.stages.problem.MOST_ENTRIES", 1)
     graph, prices, options = chain(4, wide=10**6), Prices(2, memory=1.0, kept=0.3), Options(stages=2)
     found = plan(graph, MIXED, prices, prices.shard, options)
-    assert "so many stages of 4 layers: they begin at layers (0, 2) only" in found.notes
+    assert "to keep the stage program small, no stage begins at layer 1, 3" in found.notes
     assert found.objective == pytest.approx(brute(graph, MIXED, prices, options, {0, 2}), rel=1e-6)
     assert [(s.start, s.stop) for s in found.stages] == [(0, 2), (2, 4)]
 

@@ -94,10 +94,9 @@ class _Planner:
 
     def run(self, program: Program) -> Plan:
         last: _DoesNotFit | _Unplaceable | None = None
-        if len(program.cuts) <= program.layers:
-            self._note(
-                f"so many stages of {program.layers} layers: they begin at layers {program.cuts[:-1]} only"
-            )
+        if left_out := sorted(set(range(program.layers)) - set(program.cuts)):
+            text = ", ".join(map(str, left_out))
+            self._note(f"to keep the stage program small, no stage begins at layer {text}")
         for _ in range(self.options.rounds):
             solution = self._solve(program)
             if not solution.stages:
