@@ -39,7 +39,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What a case took: wall-clock and processor seconds, peak bytes of the process, and the answer's quality."""
+    """What a case took: wall and processor seconds, peak bytes of the process; how good the answer is."""
 
     case: Case
     choices: int
@@ -116,14 +116,17 @@ def plot(rows: list[Row], path: Path) -> None:
     modules: Any = pyplot
     figure, (left, right) = modules.subplots(1, 2, figsize=(9, 3.5))
     layers = [row.case.layers for row in rows]
-    left.loglog(layers, [row.seconds for row in rows], "o-")
+    left.loglog(layers, [row.seconds for row in rows], "o-", label="wall clock")
+    left.loglog(layers, [row.processor for row in rows], "s--", label="processor")
+    left.legend()
     left.set_ylabel("seconds")
     right.plot(layers, [row.peak / 1e9 for row in rows], "o-")
     right.set_ylabel("peak memory of the process, GB")
     right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.set_xlabel("layers (4 kinds, 16/3 devices a layer)")
-        axes.set_xticks(layers, [str(count) for count in layers], minor=False)
+        axes.set_xticks(layers, [str(count) for count in layers])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
