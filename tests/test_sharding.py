@@ -178,6 +178,13 @@ def test_microbatches_multiply_forward_and_backward_but_not_the_update():
     assert {c.count for c in b.collectives} <= {1, 4}
 
 
+def test_moves_within_a_microbatch_count_every_time():
+    g = mlp(256, 512, 1024, microbatches=4)
+    found = plan(g, whole(g), line(), Options(pinned=data_parallel(g, line())))
+    assert any(c.count == 4 and c.kind == "all-gather" for c in found.collectives)
+    assert found.bound == pytest.approx(found.objective, rel=1e-3)  # the solver's sum and the plan's agree
+
+
 # brute force
 
 
@@ -264,6 +271,20 @@ def test_new_state_is_kept_where_the_old_one_was():
         for output, position in g.aliases:
             v = g.outputs[output]
             assert v is not None and found.layout[v] == found.layout[g.inputs[position]]
+
+
+def test_new_state_that_is_made_elsewhere_moves_home():
+    g = Builder()
+    w, x = g.value(64, 64, name="w"), g.value(64, 64, name="x")
+    new = g.matmul(MATMUL, w, x, A)
+    graph = g.graph([w, x], [new], aliases=((0, 0),), batch=(x,))
+    pins = ((w, ((), ("x",))), (x, (("x",), ())))  # summed over x: scattered over columns again
+    found = plan(graph, whole(graph), line(), Options(pinned=pins))
+    assert found.layout[new] == found.layout[w] == ((), ("x",))
+    rows = Options(pinned=((w, (("x",), ())), (x, ((), ("x",)))))
+    moved = plan(graph, whole(graph), line(), rows)
+    assert moved.layout[new] == (("x",), ())
+    assert moved.made or moved.reads
 
 
 def test_every_tensor_has_a_layout_that_divides():
