@@ -226,7 +226,9 @@ def test_boundaries_survive_differentiation(wrap: Any) -> None:
     flat = marks.annotate(flat_of(lambda w: w - jax.grad(wrap(bounded))(w, X), W))
     flat = boundary.remove(flat)
     flat.check()
-    products = [(m.phase, m.layer) for m, e in zip(flat.marks, flat.equations) if e.primitive.name == "dot_general"]
+    products = [
+        (m.phase, m.layer) for m, e in zip(flat.marks, flat.equations) if e.primitive.name == "dot_general"
+    ]
     # with the whole loss in one checkpoint nothing of the forward is needed but what the backward recomputes
     for phase in (Phase.BACKWARD,) if wrap is jax.checkpoint else (Phase.FORWARD, Phase.BACKWARD):
         assert {layer for p, layer in products if p is phase} == {"layer_0", "layer_1", "layer_2"}

@@ -164,7 +164,7 @@ SHARDABLE = [
 
 @pytest.mark.parametrize("name", SHARDABLE)
 def test_halves_of_a_factor_compute_halves_of_the_result(name: str) -> None:
-    """What a rule claims, checked by arithmetic: cut an equation's operands along one factor, run it on each half."""
+    """What a rule claims, checked by arithmetic: cut the operands along one factor, run each half."""
     rng = np.random.default_rng(0)
     book = RuleBook()
     checked = 0

@@ -49,7 +49,8 @@ def filled(
 def take_apart(tree: Any, describe: Callable[[Any], str], where: Line | None = None) -> Tree:
     """Returns the array leaves of `tree` apart from the static ones.
 
-    Arrays, numpy arrays, `ShapeDtypeStruct`s and Python numbers are arrays, as for `jax.jit`; functions are static.
+    Arrays, numpy arrays, `ShapeDtypeStruct`s and Python numbers are arrays, as for `jax.jit`; functions are
+    static.
     Inside of an equinox module whatever is no array is static, numbers too: its code branches on them.
 
     Args:
@@ -109,7 +110,7 @@ def _in_modules(tree: Any) -> list[bool]:
 
 
 def shapes(arrays: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of each array as JAX would take it (numpy's float64 as float32, numbers as weak types)."""
+    """Returns shape and dtype of each array as JAX takes it: numpy's float64 as float32, numbers as weak."""
     return list(jax.eval_shape(lambda *xs: xs, *arrays))
 
 
@@ -152,8 +153,8 @@ def split_call(
 ) -> Call:
     """Returns the arguments of `fun(*args, **kwargs)` with the static ones apart.
 
-    A name in `static_argnames` also holds for an argument given by position, and a number in `static_argnums` for one
-    given by name.
+    A name in `static_argnames` also holds for an argument given by position, and a number in `static_argnums`
+    for one given by name.
 
     Raises:
         BadInput: a number or a name that the function does not have.

@@ -48,8 +48,8 @@ def is_boundary(equation: JaxprEqn) -> bool:
 def layers(equations: Sequence[JaxprEqn], phases: Sequence[Phase | None]) -> list[str | None]:
     """Returns per equation the name of its region between boundaries ("layer_0", …), None in the apply phase.
 
-    Neighbouring boundaries (the leaves of one tree) are one. The backward pass meets them in reverse order, so
-    its regions are counted down; what it recomputes there ends in the region that is differentiated next.
+    Neighbouring boundaries (the leaves of one tree) are one. The backward pass meets them in reverse order,
+    so its regions are counted down; what it recomputes there ends in the region differentiated next.
     """
     backward = [i for i, p in enumerate(phases) if p is Phase.BACKWARD]
     ahead = [i for i, p in enumerate(phases) if p is not Phase.BACKWARD and (p or not backward)]

@@ -173,7 +173,7 @@ _LIBRARIES = tuple(
 
 
 def is_debug(effect: Any) -> bool:
-    """Returns whether an effect is that of `jax.debug.print` or `jax.debug.callback`, which may be repeated."""
+    """Returns whether an effect is that of `jax.debug.print` or `callback`, which may be repeated."""
     return type(effect).__name__ == "DebugEffect"
 
 

@@ -29,8 +29,8 @@ def mentions(equation: JaxprEqn, names: Mapping[str, str]) -> bool:
 def substituted(equation: JaxprEqn, names: Mapping[str, str]) -> JaxprEqn | None:
     """Returns the equation on operands of other dtypes, None where it would mean something else.
 
-    Parameters that name a dtype and literals are rewritten; the results must then have the captured shapes, in the
-    dtypes that `names` makes of the captured ones.
+    Parameters that name a dtype and literals are rewritten; the results must then have the captured shapes,
+    in the dtypes that `names` makes of the captured ones.
     """
     try:
         params = {k: _swapped(v, names) for k, v in equation.params.items()}
@@ -129,11 +129,11 @@ def _variable(v: Any, names: Mapping[str, str]) -> Any:
 
 
 def scale(x: Any, dtype: str) -> Any:
-    """Returns a float32 power of two s such that x / s fits `dtype` with room to spare: |x / s| ≤ √max(dtype).
+    """Returns a float32 power of two s such that x / s fits `dtype` with room: |x / s| ≤ √max(dtype).
 
     A power of two, so that scaling itself rounds nothing.
     """
     top = jnp.float32(2.0 ** int(np.log2(float(jnp.finfo(dtype).max)) // 2))
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), initial=jnp.float32(0))
     _, exponent = jnp.frexp(jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) / top)
-    return jnp.exp2(jnp.clip(exponent, -100, 100).astype(jnp.float32))
+    return jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -100, 100))

@@ -1,4 +1,4 @@
-"""Evaluates captured equations one by one on operands of the caller's choice: arrays, tracers, other dtypes."""
+"""Evaluates captured equations one by one, on arrays or tracers, in the captured or in other dtypes."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def bind(
         traced: where it is.
         index: which equation.
         operands: values of its non-literal inputs, in the dtypes that `dtypes` makes of theirs.
-        dtypes: what a device without some dtype keeps such values in: {"bfloat16": "float32"}. Parameters that name a
-            dtype and literals are rewritten; an equation that means the dtype's very bits is computed in it.
-        products: the dtype of the operands of matrix products and convolutions whose captured dtype is the key:
-            {"bfloat16": "float16"}. Each operand is scaled to use that dtype's range, sums are kept in float32.
+        dtypes: what a device without some dtype keeps such values in: {"bfloat16": "float32"}. Parameters that
+            name a dtype and literals are rewritten; an equation that means its bits is computed in it.
+        products: for matrix products and convolutions of the captured dtype, the dtype to multiply in:
+            {"bfloat16": "float16"}. Operands are scaled to use its range, sums are kept in float32.
     """
     equation = traced.equations[index]
     node = traced.graph.equations[index]
@@ -57,7 +57,7 @@ def run(
     dtypes: Mapping[str, str] = _SAME,
     products: Mapping[str, str] = _SAME,
 ) -> list[Any]:
-    """Returns the results of all equations in order: what the captured function returns, one array per output.
+    """Returns what the captured function returns, one array per output, by binding all equations in order.
 
     Args:
         traced: the function.
@@ -81,8 +81,8 @@ def bind_loop(traced: Traced, index: int, operands: Sequence[Any], body: Body) -
         traced: where it is.
         index: which equation.
         operands: values of its non-literal inputs: consts, initial carries, scanned arrays.
-        body: takes a list of consts, carries and slices, returns carries and slices of results. It may constrain them,
-            but not change their dtypes from one trip to the next.
+        body: takes a list of consts, carries and slices, returns carries and slices of results. It may
+            constrain them, but not change their dtypes from one trip to the next.
     """
     equation = traced.equations[index]
     scan = compat.scan_of(equation)

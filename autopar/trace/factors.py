@@ -1,8 +1,8 @@
 """Factors of tensor dims that can be tied together and split: how several factor rules become one.
 
-A dim is a list of factors, major first. Composing two operations ties the dims of the tensor between them; where
-one says "8" and the other "2·4", the 8 is split. Flags (fixed, reduced) are kept on the factors they were given
-for and read off the pieces at the end.
+A dim is a list of factors, major first. Composing two operations ties the dims of the tensor between them;
+where one says "8" and the other "2·4", the 8 is split. Flags (fixed, reduced) are kept on the factors they
+were given for and read off the pieces at the end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Pool:
         return len(self.sizes) - 1
 
     def leaves(self, factors: Iterable[int]) -> Factors:
-        """Returns the unsplit factors that `factors` stand for now, without those of size 1: they say nothing."""
+        """Returns the unsplit factors that `factors` stand for now, without those of size 1."""
         found: Factors = []
         for factor in factors:
             while factor in self._same:
@@ -73,8 +73,8 @@ class Pool:
     ) -> Rule:
         """Returns the rule of an operation with these operands and results, its factors renumbered from 0.
 
-        Also fixed is a factor that occurs twice in one tensor (a diagonal), that is summed and yet occurs in a
-        result (its all-reduce happens inside), or that occurs in operands only without being summed.
+        Also fixed is a factor that occurs twice in one tensor (a diagonal), that is summed and yet occurs in
+        a result (its all-reduce happens inside), or that occurs in operands only without being summed.
         """
         ins = [None if t is None else [self.leaves(d) for d in t] for t in operands]
         outs = [[self.leaves(d) for d in t] for t in results]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from autopar.core.graph import Equation, Graph, Loop, Phase, Value
 from autopar.trace import compat, marks, work
-from autopar.trace.flat import Flat, dce, flatten
+from autopar.trace.flat import Builder, Flat, dce, flatten
 from autopar.trace.rules import RuleBook
 from autopar.trace.traced import Traced
 
@@ -25,7 +26,7 @@ def trace(flat: Flat, book: RuleBook, names: Mapping[Var, str] | None = None) ->
     flat = marks.complete_phases(flat)
     book.learn(flat.equations)
     scans = [(i, compat.scan_of(e)) for i, e in enumerate(flat.equations)]
-    bodies = {i: trace(dce(flatten(s.body)), book) for i, s in scans if s is not None}
+    bodies = {i: trace(_without_literals(dce(flatten(s.body))), book) for i, s in scans if s is not None}
     ids = value_ids(flat)
     constants = {ids[v]: value for v, value in flat.constants}
     graph = build(flat, {i: b.graph for i, b in bodies.items()}, book, names)
@@ -33,8 +34,18 @@ def trace(flat: Flat, book: RuleBook, names: Mapping[Var, str] | None = None) ->
     return Traced(graph, flat.equations, tuple(ids), constants, bodies, notes=tuple(notes))
 
 
+def _without_literals(body: Flat) -> Flat:
+    """Returns a loop's body whose results are all variables, so that each has an id."""
+    builder = Builder(list(body.equations), list(body.marks), list(body.constants))
+    outputs = [
+        builder.bind(lax.optimization_barrier_p, [a], [a.aval], {})[0] if isinstance(a, Literal) else a
+        for a in body.outputs
+    ]
+    return builder.flat(body.inputs, outputs)
+
+
 def value_ids(flat: Flat) -> dict[Var, int]:
-    """Returns the value id of each variable: inputs, then constants, then results in the order they are made."""
+    """Returns the value id of each variable: inputs, then constants, then results as they are made."""
     made = (v for e in flat.equations for v in e.outvars)
     return {v: i for i, v in enumerate([*flat.inputs, *(v for v, _ in flat.constants), *made])}
 

@@ -135,7 +135,7 @@ class Composer:
         self._notes.append((name, factors))
 
     def notes_on(self, tensors: Iterable[Tensor | None]) -> list[str]:
-        """Returns the names of the ops on these tensors' factors of which nothing was known; they are fixed."""
+        """Returns the names of the ops on these tensors' factors of which nothing was known."""
         used = set(self.pool.leaves(f for t in tensors if t is not None for dim in t for f in dim))
         return [name for name, factors in self._notes if used & set(self.pool.leaves(factors))]
 

@@ -23,7 +23,7 @@ _SHARE = (
 
 
 def annotate(flat: Flat) -> Flat:
-    """Returns `flat` with its marks completed: layers from `layer_boundary` where it was called, else from names.
+    """Returns `flat` with its marks completed: layers from `layer_boundary` where called, else by name.
 
     Marks that are there already are kept; what is not known stays None.
     """
@@ -114,7 +114,7 @@ def path_of(equation: JaxprEqn) -> tuple[str, ...]:
     for part in str(equation.source_info.name_stack).split("/"):
         name = _TRANSFORM.sub("", part)
         if path and name == path[0] and name != part:
-            path = []  # what remat recomputes has its first, absolute name behind the name of the backward pass
+            path = []  # what remat recomputes has its absolute name behind that of the backward pass
         if name and name not in _RECOMPUTED:
             path.append(name)
     return tuple(path)

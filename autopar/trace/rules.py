@@ -17,12 +17,12 @@ STRUCTURED = frozenset({"scan", "autopar_grad", "shard_map", "pallas_call"})
 """Equations that hold jaxprs of their own and have no rule as a whole."""
 
 _NESTED = frozenset({"while", "cond"})
-"""Equations whose rule is that of what is inside; sums inside are finished inside, so they leave nothing partial."""
+"""Equations whose rule is that of what is inside; sums are finished inside, so they leave nothing partial."""
 
 
 @dataclass
 class RuleBook:
-    """A cache from distinct equations (primitive, parameters, shapes) to rules; share one to keep what it knows.
+    """A cache from distinct equations (primitive, parameters, shapes) to rules; share one to keep it.
 
     Attributes:
         asked: how many distinct equations were lowered so far.
@@ -84,7 +84,7 @@ def rules_of(equations: Sequence[JaxprEqn]) -> list[Rule]:
 
 
 def lower(equations: Sequence[JaxprEqn]) -> Any:
-    """Returns an MLIR module whose main function takes all equations' operands and returns all their results."""
+    """Returns a module whose main function takes all equations' operands and returns all their results."""
     inputs, outputs, made = [], [], []
     for equation in equations:
         operands = [a if isinstance(a, Literal) else compat.variable(a.aval) for a in equation.invars]

@@ -78,8 +78,8 @@ def stage(fun: Callable[..., Any], call: Call, tree: Tree, shapes: Sequence[Any]
         tree: the dynamic arguments `(args, kwargs)` taken apart.
         shapes: one `ShapeDtypeStruct` per array of `tree`.
     Raises:
-        TraceError: Python branches on a traced value, an argument is changed in place, a side effect, a result that
-            is no array; the message names the user's line. Other errors of the function pass through as they are.
+        TraceError: Python branches on a traced value, an argument is changed in place, a side effect, a
+            result that is no array; the message names the user's line. Other errors pass through.
     """
     results: list[Tree] = []
 
@@ -121,9 +121,8 @@ def definition(fun: Callable[..., Any]) -> compat.Line | None:
     inner = inspect.unwrap(fun)
     while hasattr(inner, "func"):  # functools.partial
         inner = inner.func
-    code = getattr(inner, "__code__", None) or getattr(
-        getattr(type(inner), "__call__", None), "__code__", None
-    )
+    method = type(inner).__call__ if callable(inner) else None  # an object that is called
+    code = getattr(inner, "__code__", None) or getattr(method, "__code__", None)
     return compat.Line(code.co_filename, code.co_firstlineno) if code is not None else None
 
 
@@ -150,7 +149,8 @@ def _refuse_effects(closed: ClosedJaxpr) -> None:
     for equation in closed.jaxpr.eqns:
         for effect in equation.effects:
             if not compat.is_debug(effect):
+                name = equation.primitive.name
                 raise TraceError(
-                    f"{compat.line_of(equation) or equation.primitive.name}: {equation.primitive.name} has a side effect "
-                    f"({effect}) that cannot be moved to another device or repeated; return the value and do it outside"
+                    f"{compat.line_of(equation) or name}: {name} has a side effect ({effect}) that cannot be "
+                    "moved to another device or repeated; return the value and do it outside"
                 )

@@ -17,7 +17,7 @@ class Roles:
     """What the array leaves of the arguments are.
 
     Attributes:
-        aliases: (position among the result's arrays, position among the arguments' arrays): next step's value.
+        aliases: (position among the result's arrays, position among the arguments'): its next value.
         batch: per argument array, whether it is cut into micro-batches.
     """
 
@@ -35,13 +35,16 @@ def roles(
 ) -> Roles:
     """Returns which leaves are state and which are the batch.
 
-    An argument is state when its tree (structure, shapes, dtypes) equals a tree in the result: the result itself or one
-    of its elements. Each part of the result is the next value of one argument only.
+    An argument is state when its tree (structure, shapes, dtypes) equals a tree in the result: the result
+    itself or one of its elements. Each part of the result is the next value of one argument only.
 
     Args:
-        call: the arguments. tree: the same taken apart. shapes: of its arrays. result: the result taken apart.
-        batch_argnums: positions of the arguments that are the batch; None: every other one whose arrays agree on a
-            leading dim of at least `microbatches`.
+        call: the arguments.
+        tree: the same taken apart.
+        shapes: of its arrays.
+        result: the result taken apart.
+        batch_argnums: positions of the arguments that are the batch; None: every other one whose arrays
+            agree on a leading dim of at least `microbatches`.
         microbatches: how many.
     Raises:
         BadInput: a position that does not exist.
@@ -116,7 +119,7 @@ class _Static:
 
 
 def _ambiguous(part: _Part, key: Any, parts: dict[Any, _Part]) -> bool:
-    """One array alone may have a result's shape by chance: take it for state only if it comes first and is no scalar."""
+    """Returns whether a part may be like a result by chance: scalars, one array that does not come first."""
     if all(not shape for shape, *_ in (k for k in part.kinds if isinstance(k, tuple))):
         return True
     alone = len(part.kinds) == 1 and jax.tree_util.treedef_is_leaf(part.structure)
@@ -124,7 +127,7 @@ def _ambiguous(part: _Part, key: Any, parts: dict[Any, _Part]) -> bool:
 
 
 def _find(part: _Part, result: Tree, taken: set[int]) -> tuple[int, ...] | None:
-    """Returns the positions of the result's arrays that have the part's tree, None if no part of the result has."""
+    """Returns the positions of the result's arrays that have the part's tree, None if there are none."""
     whole = result.fill([_Slot(i) for i in range(len(result.arrays))])
     for candidate in [whole, *_children(whole)]:
         other = _part(candidate, result.arrays)
@@ -142,8 +145,8 @@ def _children(tree: Any) -> list[Any]:
 
 
 def _can_split(shape: Any) -> bool:
-    """Returns whether an array can be cut along dim 0: no scalar, no PRNG key, neither typed nor as two words."""
-    if not shape.shape or jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key):
+    """Returns whether an array can be cut along dim 0: no scalar, no PRNG key, typed or as two words."""
+    if not shape.shape or str(shape.dtype).startswith("key<"):
         return False
     return not (shape.shape == (2,) and shape.dtype == "uint32")
 

@@ -19,7 +19,7 @@ class Leaf:
         path: where it is: "state.params['Block_0']['kernel']".
         shape: of the full batch.
         dtype: its name.
-        values: ids of the values it is: one, or several that are its pieces along dim 0; none for a literal result.
+        values: ids of the values it is: one, or several: its pieces along dim 0; none for a literal.
         batch: whether it is cut into micro-batches along dim 0.
         position: which leaf of the whole tree it is; leaves in between are static.
         literal: the result itself, where a result depends on no argument.
@@ -50,7 +50,7 @@ class Traced:
         out_leaves: those of the result.
         statics: position in the argument tree → leaf that is not an array (compared by equality).
         out_statics: position in the result tree → leaf that is not an array.
-        index: id of the input that says which micro-batch it is (an int32 scalar), None where nothing reads it.
+        index: id of the input that says which micro-batch it is (an int32 scalar), None if nothing reads it.
         fingerprint: equal for equal steps (operations, shapes, parameters), also in another process.
         name: of the function.
         notes: what a person should know: equations without a rule, and why.

@@ -63,8 +63,9 @@ def _is_elementwise(rule: Rule) -> bool:
 def flops(equation: JaxprEqn) -> float:
     """Returns the floating-point operations of one equation.
 
-    2 per multiply-add of a product; 1 per element made by an elementwise operation or read by a reduction; 0 for
-    what only moves data. A scan counts its body `length` times, a while loop once, a cond its costliest branch.
+    2 per multiply-add of a product; 1 per element made by an elementwise operation or read by a reduction;
+    0 for what only moves data. A scan counts its body `length` times, a while once, a cond its costliest
+    branch.
     """
     name = equation.primitive.name
     if name in ("dot_general", "ragged_dot_general"):
@@ -90,7 +91,7 @@ def total_flops(closed: ClosedJaxpr) -> float:
 
 
 def contraction_flops(equation: JaxprEqn) -> float:
-    """Returns the floating-point operations of the products in an equation, those inside of a scan included."""
+    """Returns the floating-point operations of an equation's products, those inside a scan included."""
     if equation.primitive.name in _CONTRACTIONS:
         return flops(equation)
     scan = compat.scan_of(equation)
@@ -109,7 +110,7 @@ def _contracted(equation: JaxprEqn) -> int:
 
 
 def _convolution(equation: JaxprEqn) -> float:
-    # From shapes, because Shardy's rules say 1 for the window. A dilated input is mostly zeros that nobody multiplies.
+    # From shapes, because Shardy's rules say 1 for the window. A dilated input is mostly zeros.
     params = equation.params
     kernel = _shape(equation.invars[1])
     window = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
