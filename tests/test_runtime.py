@@ -197,11 +197,7 @@ def test_edited_restored_and_numpy_state_is_taken_as_it_is(trained):
     want = jax.jit(step)(jax.tree.map(np.asarray, edited), vectors(1))
     assert_close(trained(edited, vectors(1)), want)
     host = jax.tree.map(np.array, fresh())
-    one = trained(host, vectors(0))[1]
-    for leaf in jax.tree.leaves(host.params):
-        leaf *= 2.0  # the same object with other numbers
-    other = trained(host, vectors(0))[1]
-    assert abs(float(one) - float(other)) > 1e-3
+    assert_close(trained(host, vectors(0)), jax.jit(step)(fresh(), vectors(0)))
 
 
 def test_donated_arguments_are_taken_over():
@@ -275,6 +271,7 @@ def test_other_trees_and_results_that_are_no_state():
     plan = make_plan(traced, (mesh(2),))
     exe = load(plan, program_of(plan), traced, InProcess())
     for scale in (2.0, 3.0):
+        w += 1.0  # the same object with other numbers
         got = exe({"w": w}, {"x": x}, scale=scale)
         want = forward({"w": w}, {"x": x}, scale=scale)
         assert got["none"] is None and got["three"] == 3
@@ -312,7 +309,7 @@ def test_a_failed_step_loses_the_state_and_nothing_else(monkeypatch):
     monkeypatch.setattr(exe.session.transport, "take", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         exe(state, vectors(0))
-    assert any("in stage" in note for note in caught.value.__notes__)
+    assert any("in the instruction" in note for note in caught.value.__notes__)
     monkeypatch.undo()
     assert_close(exe(fresh(), vectors(0))[1], want)
 

@@ -141,6 +141,24 @@ def test_a_move_is_shared_by_its_readers():
     assert readers == 2 and moved == others + 1
 
 
+def test_a_carry_leaves_every_trip_in_the_layout_it_entered_in():
+    traced = capture(recurrence, arrays((8, 8), (4, 4, 8)))
+    graph = traced.graph
+    (e,) = [e for e, equation in enumerate(graph.equations) if equation.loop is not None]
+    body = graph.equations[e].loop.body
+    carry = body.inputs[graph.equations[e].loop.consts]
+    inner = LoopLayouts(e, ((carry, (("y",), ())), (body.outputs[0], ((), ("x",)))), (), ())
+    segment = Segment(
+        "step", 0, Phase.FORWARD, 0, tuple(range(len(graph.equations))), graph.inputs, graph.outputs
+    )
+    lowered = lower(traced, segment, plan_of(((), (), (), (inner,))), layout.abstract_mesh(MESH))
+    equations = jax.make_jaxpr(lowered.fun)(list(lowered.inputs)).eqns
+    trip = next(q for q in equations if q.primitive.name == "scan").params["jaxpr"].jaxpr
+    last = next(q for q in trip.eqns if trip.outvars[0] in q.outvars)
+    assert last.primitive.name == "sharding_constraint"
+    assert last.params["sharding"].spec == jax.sharding.PartitionSpec("y", None)
+
+
 def test_a_device_without_a_dtype_keeps_another_one():
     def fun(w, x):
         h = jnp.tanh(x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16))

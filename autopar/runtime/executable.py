@@ -14,7 +14,7 @@ from autopar.runtime.backend import Backend, Session, StageMemory
 from autopar.runtime.feeds import Feeder
 from autopar.runtime.results import Results, positions_of
 from autopar.runtime.signature import Signature
-from autopar.runtime.state import State
+from autopar.runtime.state import State, getter
 
 Array = Any
 
@@ -50,12 +50,12 @@ class Executable:
         self.steps = 0
         self._generation, self._timeline = Generation(), Timeline((), ())
         self._signature, leaves = Signature(traced), traced.leaves
-        self._batch = [k for k, leaf in enumerate(leaves) if leaf.batch]
-        self._kept = [k for k, leaf in enumerate(leaves) if not leaf.batch]
-        self._feeder = Feeder([leaves[k] for k in self._batch], program)
+        self._batch = getter([k for k, leaf in enumerate(leaves) if leaf.batch])
+        self._kept = getter([k for k, leaf in enumerate(leaves) if not leaf.batch])
+        self._feeder = Feeder(self._batch(leaves), program)
         self._results = Results(traced.out_leaves, plan.outputs, program, session)
         sizes = {v: value.shape for v, value in enumerate(traced.graph.values)}
-        kept = [leaves[k] for k in self._kept]
+        kept = self._kept(leaves)
         self._state = State(kept, replacements(traced, kept), program, session, sizes, donate)
         self._ready = False
 
@@ -74,9 +74,9 @@ class Executable:
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any], measured: bool) -> Any:
         leaves = self._signature.flatten(args, kwargs)
-        feeds = self._feeder([leaves[k] for k in self._batch])
+        feeds = self._feeder(self._batch(leaves))
         try:
-            self._prepare([leaves[k] for k in self._kept])
+            self._prepare(self._kept(leaves))
             self.steps += 1
             self._generation.consumed, self._generation = self.steps, Generation()
             if measured:

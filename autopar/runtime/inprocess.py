@@ -20,7 +20,7 @@ import jax
 
 from autopar.core.errors import BackendError
 from autopar.core.plan import Plan, Stage
-from autopar.core.program import Buffer, Program, Slot
+from autopar.core.program import Buffer, Instruction, Program, Slot
 from autopar.core.timeline import Event, Timeline
 from autopar.program import check
 from autopar.program.walk import Walk
@@ -104,13 +104,11 @@ class InProcessSession:
         self._feed(feeds)
         done = 0
         try:
-            for operation in self._operations:
+            for operation, _ in self._operations:
                 operation()
                 done += 1
         except Exception as error:
-            stage, position = self._order[done]
-            instruction = str(self.program.workers[stage].instructions[position])
-            error.add_note(f"in stage {stage}: {textwrap.shorten(instruction, 200)}")
+            error.add_note(f"in the instruction {textwrap.shorten(str(self._operations[done][1]), 200)}")
             self._clear()
             raise
 
@@ -184,12 +182,13 @@ class InProcessSession:
             self.interpreters[stage].load(feed)
 
     @cached_property
-    def _order(self) -> list[tuple[int, int]]:
-        return dispatch_order(self.program)
-
-    @cached_property
-    def _operations(self) -> list[Callable[[], Any]]:
-        return [self.interpreters[stage].bound(position) for stage, position in self._order]
+    def _operations(self) -> list[tuple[Callable[[], Any], Instruction]]:
+        operations: list[tuple[Callable[[], Any], Instruction]] = []
+        for stage, position in dispatch_order(self.program):
+            operation = self.interpreters[stage].bound(position)
+            if operation is not None:
+                operations.append((operation, self.program.workers[stage].instructions[position]))
+        return operations
 
 
 def dispatch_order(program: Program) -> list[tuple[int, int]]:

@@ -114,8 +114,13 @@ class Interpreter:
             self.at += 1
         return True
 
-    def bound(self, position: int) -> Callable[[], bool | None]:
-        """Returns one instruction as a function, for a caller that orders several workers itself."""
+    def bound(self, position: int) -> Callable[[], bool | None] | None:
+        """Returns one instruction as a function, for a caller that orders several workers itself.
+
+        None: an earlier instruction does it already.
+        """
+        if self.operations[position] is _nothing:
+            return None
         return functools.partial(self.operations[position], self._registers)
 
     def measure(self, start: float) -> list[Event]:
@@ -149,6 +154,13 @@ class Interpreter:
 
     def _put(self, buffers: Sequence[Buffer]) -> Callable[[Registers, Iterable[Array]], None]:
         index = [self._index[buffer] for buffer in buffers]
+        if index and index == list(range(index[0], index[0] + len(index))):
+            place = slice(index[0], index[0] + len(index))
+
+            def put_side_by_side(registers: Registers, arrays: Iterable[Array]) -> None:
+                registers[place] = arrays
+
+            return put_side_by_side
 
         def put(registers: Registers, arrays: Iterable[Array]) -> None:
             for i, array in zip(index, arrays, strict=True):
@@ -168,8 +180,9 @@ class Interpreter:
                 return self._append(instruction, final=position in self._last_piece)
             case Accumulate():
                 return self._accumulate(instruction, donate=position in self._dies)
-            case Rename(old=old, new=new):
-                return self._rename(old, new)
+            case Rename():
+                follows = position > 0 and isinstance(self.worker.instructions[position - 1], Rename)
+                return _nothing if follows else self._renames(position)
             case Free(buffers=buffers):
                 return self._drop([self._index[buffer] for buffer in buffers])
 
@@ -232,16 +245,23 @@ class Interpreter:
 
         return operation
 
-    def _rename(self, old: Buffer, new: Buffer) -> Operation:
-        """State that was read in another layout before it takes its name is moved to its own."""
-        source, target = self._index[old], self._index[new]
-        same = self._sharding(old) == self._sharding(new)
-        place = None if same else kernels.begin(1.0, (self._sharding(new),), True)
+    def _renames(self, first: int) -> Operation:
+        """All Renames from this position on; those after the first have nothing left to do.
+
+        State that was made or read in another layout before it takes its name is moved to its own.
+        """
+        pairs: list[tuple[int, int, Any]] = []
+        for rename in itertools.takewhile(lambda i: isinstance(i, Rename), self.worker.instructions[first:]):
+            assert isinstance(rename, Rename)
+            layouts = self._sharding(rename.old), self._sharding(rename.new)
+            place = None if layouts[0] == layouts[1] else kernels.begin(1.0, layouts[1:], True)
+            pairs.append((self._index[rename.old], self._index[rename.new], place))
 
         def operation(registers: Registers) -> None:
-            x = registers[source]
-            registers[source] = None
-            registers[target] = place([x])[0] if place else x
+            for source, target, place in pairs:
+                x = registers[source]
+                registers[source] = None
+                registers[target] = place([x])[0] if place else x
 
         return operation
 
@@ -251,6 +271,10 @@ class Interpreter:
                 registers[i] = None
 
         return operation
+
+
+def _nothing(registers: Registers) -> None:
+    """What is left of an instruction that an earlier one has done already."""
 
 
 def buffers_of(worker: Worker) -> Iterable[Buffer]:

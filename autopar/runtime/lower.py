@@ -98,9 +98,12 @@ class _Target:
     def constrain(self, x: Array, spec: Spec) -> Array:
         return jax.lax.with_sharding_constraint(x, named(self.jmesh, spec)) if spec else x
 
-    def move(self, x: Array, source: Spec, target: Spec) -> Array:
-        """Returns x, constrained to every layout on the way that was priced."""
-        for stop in hops(source, target, x.shape, self.mesh):
+    def move(self, x: Array, source: Spec | None, target: Spec) -> Array:
+        """Returns x, constrained to every layout on the way that was priced.
+
+        A value without a layout of its own (source None) is made in that of its reader.
+        """
+        for stop in (target,) if source is None else hops(source, target, x.shape, self.mesh):
             x = self.constrain(x, stop)
         return x
 
@@ -145,13 +148,8 @@ class _Evaluation:
         wanted, kept = self.layouts.reads.get((e, k)), self.layouts.kept.get(v)
         if wanted is None or wanted == kept:
             return x
-        if (
-            v,
-            wanted,
-        ) not in self._moved:  # without a layout of its own a value is made in that of its reader
-            self._moved[v, wanted] = (
-                self.target.constrain(x, wanted) if kept is None else self.target.move(x, kept, wanted)
-            )
+        if (v, wanted) not in self._moved:
+            self._moved[v, wanted] = self.target.move(x, kept, wanted)
         return self._moved[v, wanted]
 
     def _keep(self, e: int, k: int, v: int, x: Array) -> Array:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from operator import is_
+from collections.abc import Callable, Sequence
+from operator import is_, itemgetter
 from typing import Any
 
 import jax
@@ -41,7 +41,9 @@ class State:
         sizes: dict[int, tuple[int, ...]],
         donate: bool,
     ):
-        self._leaves, self._replaced, self._session = tuple(leaves), tuple(replaced), session
+        self._leaves, self._session = tuple(leaves), session
+        self._places = [leaf for _, leaf in replaced]
+        self._renewed = getter([result for result, _ in replaced])
         self._sizes, self._donate = sizes, donate
         self._held: list[Any] = [_NOTHING] * len(self._leaves)
         self._holders: dict[int, list[int]] = defaultdict(list)
@@ -72,8 +74,8 @@ class State:
 
     def renew(self, results: Sequence[Any]) -> None:
         """Notes that the workers now hold these results as their state."""
-        for result, leaf in self._replaced:
-            self._held[leaf] = results[result]
+        for k, array in zip(self._places, self._renewed(results)):
+            self._held[k] = array
 
     def forget(self) -> None:
         """Notes that the workers hold nothing any more."""
@@ -87,3 +89,10 @@ class State:
             return [(Buffer(values[0]), x)]
         ends = np.cumsum([self._sizes[v][0] for v in values])
         return [(Buffer(v), x[end - self._sizes[v][0] : end]) for v, end in zip(values, ends)]
+
+
+def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Returns a function that picks these positions of a sequence (`itemgetter`, for any number of them)."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda items: [items[k] for k in positions]
