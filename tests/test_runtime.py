@@ -267,7 +267,7 @@ def test_other_trees_and_results_that_are_no_state():
         }
 
     w, x = np.ones((8, 4), np.float32), np.ones((16, 8), np.float32)
-    traced = capture(forward, ({"w": w}, {"x": x}), {"scale": 2.0}, assign=assign)
+    traced = capture(forward, ({"w": w}, {"x": x}), {"scale": 2.0}, assign=assign, batch_argnums=(1,))
     plan = make_plan(traced, (mesh(2),))
     exe = load(plan, program_of(plan), traced, InProcess())
     for scale in (2.0, 3.0):
