@@ -129,14 +129,15 @@ class _Evaluation:
     def __call__(
         self, equations: Sequence[int], env: dict[int, Array], outputs: Sequence[int | None]
     ) -> list[Array]:
-        """Returns the outputs' arrays (None for a literal), given those of all inputs in `env`."""
+        """Returns the outputs' arrays, given those of all inputs in `env`."""
         for e in equations:
             equation = self.traced.graph.equations[e]
             operands = [self._read(e, k, v, env[v]) for k, v in enumerate(equation.inputs) if v is not None]
             results = self._bind(e, equation, operands)
             for k, (v, x) in enumerate(zip(equation.outputs, results, strict=True)):
                 env[v] = self._keep(e, k, v, x)
-        return [None if v is None else env[v] for v in outputs]
+        assert None not in outputs, "segments and loop bodies return no literals"
+        return [env[v] for v in outputs if v is not None]
 
     def _bind(self, e: int, equation: Equation, operands: list[Array]) -> Sequence[Array]:
         if equation.loop is None or e not in self.layouts.loops:
@@ -185,13 +186,9 @@ class _Body:
             if v in run.layouts.kept:
                 env[v] = run.target.constrain(env[v], run.layouts.kept[v])
         outputs = run(range(len(body.equations)), env, body.outputs)
-        literals = (leaf.literal for leaf in self._traced.out_leaves if not leaf.values)
-        return [
-            next(literals) if v is None else self._leave(run, k, v, x)
-            for k, (v, x) in enumerate(zip(body.outputs, outputs))
-        ]
+        return [self._leave(run, k, v, x) for k, (v, x) in enumerate(zip(body.outputs, outputs))]
 
-    def _leave(self, run: _Evaluation, k: int, v: int, x: Array) -> Array:
+    def _leave(self, run: _Evaluation, k: int, v: int | None, x: Array) -> Array:
         if k < self._loop.carries:
             target = run.layouts.kept.get(self._loop.body.inputs[self._loop.consts + k])
         else:
@@ -199,5 +196,6 @@ class _Body:
             target = None if stacked is None else stacked[1:]
         if target is None:
             return x
+        assert v is not None
         kept = run.layouts.kept.get(v, target)
         return run.target.move(x, kept, target)

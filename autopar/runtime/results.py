@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
+import jax.numpy as jnp
+
 from autopar.core.program import Buffer, Program
 from autopar.runtime.array import DistributedArray, Generation, Home
 from autopar.runtime.backend import Session
@@ -63,7 +65,7 @@ class Results:
     def _leaf(self, k: int, waits: Waits, generation: Generation) -> Any:
         leaf, home = self._leaves[k], self._homes[k]
         if not home.pieces:
-            return leaf.literal
+            return jnp.asarray(leaf.literal, as_dtype(leaf.dtype))
         if self._session.local and len(home.pieces) == 1:
             (piece,) = home.pieces
             return waits[piece[0]]()[self._place[piece]]
