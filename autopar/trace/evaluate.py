@@ -33,8 +33,8 @@ def bind(
         traced: where it is.
         index: which equation.
         operands: values of its non-literal inputs, in the dtypes that `dtypes` makes of theirs.
-        dtypes: what a device without some dtype keeps such values in: {"bfloat16": "float32"}. Parameters that
-            name a dtype and literals are rewritten; an equation that means its bits is computed in it.
+        dtypes: what a device without some dtype keeps such values in: {"bfloat16": "float32"}. Literals and
+            parameters that name a dtype are rewritten; what means the bits of a dtype is bound as captured.
         products: for matrix products and convolutions of the captured dtype, the dtype to multiply in:
             {"bfloat16": "float16"}. Operands are scaled to use its range, sums are kept in float32.
     """
