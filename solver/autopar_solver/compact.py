@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from autopar_solver.network import BLOCKED, Network
+from autopar_solver.network import BLOCKED, Network, distinct_rows
 from autopar_solver.problem import IntArray
 
 FloatArray = npt.NDArray[np.float64]
@@ -128,16 +128,9 @@ def classed(m: FloatArray) -> Classed:
     rest = m - row[:, None]
     column = rest.min(axis=0)
     rest = rest - column[None, :]
-    first, row_class = _distinct_rows(rest)
-    again, column_class = _distinct_rows(rest[first].T)
+    first, row_class = distinct_rows(rest + 0.0)
+    again, column_class = distinct_rows(rest[first].T + 0.0)
     return Classed(np.ascontiguousarray(rest[first][:, again]), row_class, column_class, row, column)
-
-
-def _distinct_rows(m: FloatArray) -> tuple[IntArray, IntArray]:
-    """Returns (index of one row of each kind, kind of every row); rows are compared byte by byte."""
-    whole = np.ascontiguousarray(m + 0.0).view(np.dtype((np.void, m.shape[1] * 8))).ravel()
-    _, first, kind = np.unique(whole, return_index=True, return_inverse=True)
-    return first.astype(np.int64), kind.astype(np.int64).ravel()
 
 
 def compact(net: Network) -> Compact:

@@ -57,6 +57,7 @@ def random_sharding(
     reach: int = 8,
     extra_edges: float = 0.5,
     tied: float = 0.0,
+    resident: float = 0.0,
     tightness: float | None = 1.3,
 ) -> ChoiceProblem:
     """Returns a random problem shaped like the auto-sharding of a layered program.
@@ -69,6 +70,7 @@ def random_sharding(
         reach: how far back an edge may go; the treewidth grows with it.
         extra_edges: edges per node beyond the chain.
         tied: the share of edges that force both ends to one choice (forbidden elsewhere).
+        resident: the share of tensors that stay alive to the end, like parameters: they couple all of the program.
         tightness: the limit, as a multiple of the least possible peak; None for no limit.
     """
     rng = np.random.default_rng(seed)
@@ -90,6 +92,7 @@ def random_sharding(
             matrices.append(
                 matching(len(sets[i])) if same else move_costs(sets[j], sets[i], sizes[j], mesh, rng)
             )
+    last[rng.random(nodes) < resident] = nodes
     costs = [compute_costs(options, size, mesh, rng) for options, size in zip(sets, sizes)]
     usage = [
         [(i, int(last[i]), np.array([size // parts(o, mesh) for o in options]))]
@@ -103,29 +106,37 @@ def random_sharding(
 def compute_costs(
     options: list[Layout], size: int, mesh: tuple[int, ...], rng: np.random.Generator
 ) -> IntArray:
-    """Returns the cost of computing a tensor under each layout: work over parts, and now and then a reduction."""
-    work = size * rng.uniform(0.5, 4.0)
-    reduce = size * rng.uniform(0, 1, len(options)) * (rng.random(len(options)) < 0.3)
+    """Returns the cost of computing a tensor under each layout: work over parts, and what cutting it entails.
+
+    Cutting costs more than it saves about as often as not, so that memory, not work, forces it.
+    """
+    work = size * rng.uniform(0.05, 1.0)
+    cuts = np.array([sum(dim >= 0 for dim in o) for o in options])
+    reduce = size * rng.uniform(0, 0.5, len(options)) * cuts
     return np.array([work / parts(o, mesh) for o in options] + reduce, np.int64)
 
 
 def small_core(nodes: int = 2000, seed: int = 0) -> ChoiceProblem:
     """Returns a problem most of whose nodes follow from others: presolve leaves a small core."""
-    return random_sharding(nodes, seed=seed, tied=0.9, reach=12, extra_edges=0.3)
+    return random_sharding(
+        nodes, seed=seed, tied=0.8, reach=40, extra_edges=0.6, resident=0.1, tightness=1.05
+    )
 
 
 def eliminated(nodes: int = 2000, seed: int = 0) -> ChoiceProblem:
     """Returns a problem that forbidden entries almost decide: next to nothing is left after presolve."""
-    return random_sharding(nodes, seed=seed, mesh=(4,), tied=0.98, extra_edges=0.02, tightness=1.15)
+    return random_sharding(
+        nodes, seed=seed, mesh=(4,), tied=0.97, extra_edges=0.1, resident=0.2, tightness=1.03
+    )
 
 
 def dense_core(nodes: int = 2000, seed: int = 0) -> ChoiceProblem:
     """Returns a problem without forbidden entries: thousands of nodes stay, coupled by edges and memory."""
-    return random_sharding(nodes, seed=seed, tied=0.0, reach=60, extra_edges=1.0, tightness=1.1)
+    return random_sharding(nodes, seed=seed, reach=60, extra_edges=1.0, resident=0.3, tightness=1.05)
 
 
 def large_choices(nodes: int = 400, seed: int = 0) -> ChoiceProblem:
-    """Returns a small problem whose nodes have 36 to 180 choices, tightly coupled, close to the least memory."""
+    """Returns a small problem whose nodes have 64 to 125 choices, tightly coupled, close to the least memory."""
     return random_sharding(
-        nodes, seed=seed, mesh=(4, 2, 2), dims=(3, 4), reach=20, extra_edges=1.0, tightness=1.08
+        nodes, seed=seed, mesh=(4, 2, 2), dims=(3, 4), reach=20, extra_edges=1.0, resident=0.5, tightness=1.02
     )

@@ -77,6 +77,15 @@ def first_dual(run: Run, c: Compact, dual: Dual, board: Board) -> None:
         board.x = dual.x.copy()
 
 
+def quick_dual(run: Run, c: Compact, seconds: float) -> None:
+    """Climbs the dual alone until the gap is closed, the step size has collapsed or the time is over."""
+    dual = Dual(c)
+    board, end = Board(dual.price, -math.inf, dual.x, math.inf), run.elapsed() + seconds
+    while run.elapsed() < end and not run.done() and dual.step_size > 1e-4:
+        dual_step(run, c, dual, board)
+    run.note(f"glance: {dual.evaluations} evaluations, bound {dual.bound:.10g}")
+
+
 def dual_step(run: Run, c: Compact, dual: Dual, board: Board) -> None:
     """One step of the dual: its prices and bound, and its rounding if that is feasible, go to all."""
     x, cost, used = dual.climb(board.value + c.const)
@@ -129,7 +138,7 @@ def walk(run: Run, c: Compact, graph: Graph, board: Board, k: int) -> None:
 
 def improve_patch(run: Run, c: Compact, board: Board, patches: SubMilp) -> None:
     """Frees one neighbourhood of the best choice; HiGHS may take about as long as a search chunk or two."""
-    better = patches.improve(board.x, min(run.left(), PATCH_SECONDS), board.stop)
+    better = patches.improve(board.x, board.price, min(run.left(), PATCH_SECONDS), board.stop)
     if better is not None and board.offer(better, cost_of(c, better) - c.const):
         run.offer(c.restore(better))
 

@@ -56,24 +56,54 @@ class Matrix:
         a = self.m[:, 0] - self.m[0, 0]
         return (a, self.m[0]) if (self.m == a[:, None] + self.m[:1]).all() else None
 
+    def finite_share(self) -> float:
+        """The share of entries that aren't forbidden; few say most, so they are asked first."""
+        return self._finite_share
+
+    @cached_property
+    def _finite_share(self) -> float:
+        return float((self.m < BLOCKED).mean())
+
     @cached_property
     def gain(self) -> IntArray:
-        """[s, r]: the least that moving this end from s to r can save, whatever the other end is; -INF if it may break."""
-        rows = np.unique(self.m, axis=1) if self.m.shape[1] > 8 else self.m
-        k, out = len(rows), np.empty((len(rows), len(rows)), np.int64)
-        for s in range(k):
+        """[s, r]: the least that moving this end from s to r saves, whatever the other end is; -INF if it may break.
+
+        Rows that are equal up to a constant are looked at once, equal columns too.
+        """
+        level = self.m.min(axis=1)
+        rest = np.where(self.m < BLOCKED, self.m - level[:, None], INF)
+        first, kind = distinct_rows(rest)
+        rows = rest[first]
+        if rows.shape[1] > 8:
+            rows = rows[:, distinct_rows(rows.T)[0]]
+        least = np.empty((len(rows), len(rows)), np.int64)
+        for s in range(len(rows)):
             relevant = rows[:, rows[s] < BLOCKED]
-            out[s] = (relevant[s] - relevant).min(axis=1, initial=INF)
-        out[out < -BLOCKED] = -INF
-        return out
+            least[s] = (relevant[s] - relevant).min(axis=1, initial=INF)
+        out = least[np.ix_(kind, kind)]
+        return np.where(
+            out < -BLOCKED, -INF, out + np.minimum(level, BLOCKED)[:, None] - np.minimum(level, BLOCKED)
+        )
 
     def take(self, keep: npt.NDArray[np.bool_] | IntArray) -> "Matrix":
         """Returns the matrix with only these rows."""
-        return Matrix(self.m[keep])
+        taken = Matrix(self.m[keep])
+        if "gain" in self.__dict__:
+            taken.__dict__["gain"] = self.gain[keep][:, keep]
+        return taken
 
     def plus(self, other: "Matrix") -> "Matrix":
         """Returns the sum of two parallel edges."""
         return Matrix(np.minimum(self.m + other.m, INF))
+
+
+def distinct_rows(m: npt.NDArray[np.generic]) -> tuple[IntArray, IntArray]:
+    """Returns (index of one row of each kind, kind of every row); rows are compared byte by byte."""
+    if m.shape[1] == 0:
+        return np.zeros(1, np.int64), np.zeros(len(m), np.int64)
+    whole = np.ascontiguousarray(m).view(np.dtype((np.void, m.shape[1] * m.itemsize))).ravel()
+    _, first, kind = np.unique(whole, return_index=True, return_inverse=True)
+    return first.astype(np.int64), kind.astype(np.int64).ravel()
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ def presolve(problem: ChoiceProblem, rounds: int = 20) -> Network:
     """
     net = network_of(problem)
     todo = _Queue(net)
+    while todo:  # without dominance first: most nodes go by cheaper means
+        reduce_node(net, todo.pop(), todo, cheaply=True)
+    todo.push_all()
     for _ in range(rounds):
         changed = compress_time(net)
         for i in changed:
@@ -55,6 +58,10 @@ class _Queue:
             self.queued[i] = True
             (self.far if len(self.net.adj[i]) > MANY_NEIGHBOURS else self.near).append(i)
 
+    def push_all(self) -> None:
+        for i in np.flatnonzero(self.net.alive).tolist():
+            self.push(i)
+
     def push_neighbours(self, i: int) -> None:
         for j in self.net.adj[i]:
             self.push(j)
@@ -68,8 +75,11 @@ class _Queue:
         return bool(self.near or self.far)
 
 
-def reduce_node(net: Network, i: int, todo: _Queue) -> None:
-    """Applies to one node every reduction that fits, and queues the nodes this may have opened up."""
+def reduce_node(net: Network, i: int, todo: _Queue, cheaply: bool = False) -> None:
+    """Applies to one node every reduction that fits, and queues the nodes this may have opened up.
+
+    cheaply: leaves out dominance and elimination.
+    """
     if not net.alive[i]:
         return
     drop_inconsistent(net, i, todo)
@@ -78,7 +88,7 @@ def reduce_node(net: Network, i: int, todo: _Queue) -> None:
         fold(net, i, todo)
         return
     absorb_dependents(net, i, todo)
-    if todo.queued[i]:  # it absorbed something: look at it again from the start
+    if cheaply or todo.queued[i]:  # it absorbed something: look at it again from the start
         return
     drop_dominated(net, i, todo)
     if not net.items[i] and len(net.adj[i]) <= 2:
@@ -153,14 +163,17 @@ def drop_dominated(net: Network, i: int, todo: _Queue) -> None:
     work = k * k * (1 + sum(min(m.m.shape[1], 256) for m in net.adj[i].values()))
     if k == 1 or work > DOMINANCE_WORK:
         return
-    saves = net.cost[i][:, None] - net.cost[i][None, :]
-    for matrix in net.adj[i].values():
-        saves = np.maximum(saves + matrix.gain, -INF)
-    better = saves >= 0
-    if net.items[i] and better.sum() > k:
+    better = ~np.eye(k, dtype=np.bool_)  # [s, r]: r may stand in for s
+    if net.items[i]:
         for row in profile(net.items[i])[2]:
             better &= row[:, None] >= row[None, :]
-    np.fill_diagonal(better, False)
+    saves = net.cost[i][:, None] - net.cost[i][None, :]
+    for matrix in sorted(net.adj[i].values(), key=Matrix.finite_share):
+        if not better.any():
+            return
+        saves = np.maximum(saves + matrix.gain, -INF)
+        better &= saves > -BLOCKED
+    better &= saves >= 0
     if not better.any():
         return
     keep = np.ones(k, np.bool_)

@@ -16,6 +16,7 @@ from autopar_solver.milp import Exact
 from autopar_solver.problem import IntArray
 
 SMALLEST, LARGEST = 4.0, 400.0
+CHOICES_KEPT = (6, 10, 16, 30)
 
 
 def restricted(c: Compact, free: IntArray, x: IntArray) -> Compact:
@@ -64,6 +65,55 @@ def restricted(c: Compact, free: IntArray, x: IntArray) -> Compact:
     )
 
 
+def thinned(c: Compact, keep: list[IntArray]) -> Compact:
+    """Returns the problem with only the choices keep[i] (ascending) of every node i."""
+    k = np.array([len(chosen) for chosen in keep], np.int64)
+    start = np.concatenate([[0], np.cumsum(k[c.half_edge_node])]).astype(np.int64)
+    cls = [c.classes(e)[keep[i]] for e, i in enumerate(c.half_edge_node.tolist())]
+    width = (
+        np.concatenate([[0], np.cumsum(k[c.item_node])]).astype(np.int64)
+        if len(c.ioff)
+        else np.zeros(1, np.int64)
+    )
+    usage = [c.iu[o + keep[i]] for o, i in zip(c.ioff.tolist(), c.item_node.tolist())]
+    return replace(
+        c,
+        k=k,
+        off=np.concatenate([[0], np.cumsum(k)]).astype(np.int64),
+        cost=np.concatenate([c.cost[c.off[i] + chosen] for i, chosen in enumerate(keep)]),
+        coff=start[:-1],
+        cls=np.concatenate(cls) if cls else np.zeros(0, np.int64),
+        ioff=width[:-1],
+        iu=np.concatenate(usage) if usage else np.zeros(0),
+    )
+
+
+def likely_choices(c: Compact, x: IntArray, price: FloatArray, most: int) -> list[IntArray]:
+    """Returns per node at most about `most` choices: x's, the cheapest beside x's neighbours, and the leanest.
+
+    Cheapest counts memory at a price; half are ranked at a third of it and half at three times.
+    """
+    total = np.concatenate([[0.0], np.cumsum(price)])
+    out: list[IntArray] = []
+    for i in range(c.n):
+        k, cost = int(c.k[i]), c.cost[c.off[i] : c.off[i + 1]].copy()
+        paid, amount = np.zeros(k), np.zeros(k)
+        for e in range(int(c.ptr[i]), int(c.ptr[i + 1])):
+            column = c.classes(int(c.rev[e]))[x[c.nbr[e]]]
+            # Between the neighbour's present choice and its best answer: it may move as well.
+            table = c.table(e)
+            cost += 0.5 * (table[:, column] + table.min(axis=1))[c.classes(e)]
+        for q in range(int(c.iptr[i]), int(c.iptr[i + 1])):
+            usage = c.iu[c.ioff[q] : c.ioff[q] + k]
+            paid += (total[c.iend[q]] - total[c.ibeg[q]]) * usage
+            amount += usage * float(c.iend[q] - c.ibeg[q])
+        half = max(1, most // 2)
+        picked = [np.argsort(cost + paid / 3)[:half], np.argsort(cost + 3 * paid)[:half]]
+        lean = np.lexsort((cost, amount))[: max(1, most // 8)]
+        out.append(np.unique(np.concatenate([*picked, lean, x[i : i + 1]])))
+    return out
+
+
 def patch(c: Compact, rng: np.random.Generator, size: int) -> IntArray:
     """Returns up to `size` nodes around a random one, nearer ones first."""
     root = int(rng.integers(c.n))
@@ -109,12 +159,16 @@ class SubMilp:
         self.rng = np.random.default_rng(seed)
         self.size, self.tried, self.improved = 12.0, 0, 0
 
-    def improve(self, x: IntArray, seconds: float, stop: threading.Event | None = None) -> IntArray | None:
+    def improve(
+        self, x: IntArray, price: FloatArray, seconds: float, stop: threading.Event | None = None
+    ) -> IntArray | None:
         """Returns a better feasible choice near x (which is feasible), or None; takes at most about `seconds`."""
         size = int(min(self.size, self.c.n))
         choose = self.rng.random() < 0.5 and self.c.segments > 0
         free = rivals(self.c, self.rng, size, self.c.usage(x)) if choose else patch(self.c, self.rng, size)
-        part = restricted(self.c, free, x)
+        whole = restricted(self.c, free, x)
+        keep = likely_choices(whole, x[free], price, int(self.rng.choice(CHOICES_KEPT)))
+        part = thinned(whole, keep)
         if size_of(part) > self.most_columns:
             self.size = max(SMALLEST, self.size * 0.8)
             return None
@@ -122,13 +176,14 @@ class SubMilp:
         exact = Exact(part, seconds, self.seed + self.tried, 1e-6)
         if stop is not None:
             exact.stopped = stop
-        outcome = exact.run(x[free])
-        self.size = float(np.clip(self.size * (1.1 if outcome.optimal else 0.8), SMALLEST, LARGEST))
-        if outcome.x is None or not lower(part, outcome.x, x[free]):
+        old = np.array([np.searchsorted(chosen, x[i]) for chosen, i in zip(keep, free.tolist())], np.int64)
+        outcome = exact.run(old)
+        self.size = float(np.clip(self.size * (1.15 if outcome.optimal else 0.85), SMALLEST, LARGEST))
+        if outcome.x is None or not lower(part, outcome.x, old):
             return None
         self.improved += 1
         better = x.copy()
-        better[free] = outcome.x
+        better[free] = [chosen[s] for chosen, s in zip(keep, outcome.x.tolist())]
         return better
 
 
