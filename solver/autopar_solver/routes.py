@@ -19,9 +19,10 @@ POLISH_MOVES = 20_000
 def choose_route(run: Run, c: Compact) -> None:
     """Solves the reduced problem into `run`.
 
-    Where the caller accepts a gap, a glance at the dual often closes it: most sharding problems are nearly trees. A
-    core whose integer program is small then goes to HiGHS alone for a moment, which keeps the outcome a function of
-    the seed; if that isn't enough, the search runs beside it. A larger core goes to the prices and the search at once.
+    Where the caller accepts a gap, a glance at the dual often closes it: most sharding problems are nearly
+    trees. A core whose integer program is small then goes to HiGHS alone for a moment, which keeps the outcome
+    a function of the seed; if that isn't enough, the search runs beside it. A larger core goes to the prices
+    and the search at once.
     """
     if run.gap > 0 and glance(run, c):
         return
@@ -49,7 +50,7 @@ def choose_route(run: Run, c: Compact) -> None:
 
 
 def glance(run: Run, c: Compact) -> bool:
-    """Climbs the dual until its rounding is within the gap asked for, it stalls, or a second is over; says which."""
+    """Returns whether a second of climbing the dual alone closes the gap asked for."""
     from autopar_solver.large import quick_dual  # numba: only where it is needed
 
     quick_dual(run, c, min(GLANCE, 0.1 * run.left()))
