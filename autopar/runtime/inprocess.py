@@ -33,6 +33,9 @@ from autopar.runtime.segments import Compiled, consumed, donations, read_once, s
 from autopar.runtime.transfer import LocalTransport, own, share
 
 Array = Any
+Sizes = tuple[int, int, int, int]
+"""Bytes of a compiled segment's arguments, outputs, temporaries and outputs that reuse arguments."""
+
 PATIENCE = 600.0
 """Seconds a stage of a measured step waits for a message; only a broken program gets there."""
 
@@ -147,7 +150,7 @@ class InProcessSession:
             stage_memory(
                 stage,
                 {
-                    segment.name: self.segments[segment.name]
+                    segment.name: sizes(self.segments[segment.name].executable)
                     for segment in self.program.segments
                     if segment.stage == s
                 },
@@ -216,24 +219,25 @@ def stage_name(index: int, stage: Stage) -> str:
     return f"stage {index} · {stage.mesh}"
 
 
-def stage_memory(stage: Stage, segments: Mapping[str, Compiled]) -> StageMemory:
+def sizes(executable: Any) -> Sizes:
+    """Returns the compiler's bytes on one device of a `jax.stages.Compiled`."""
+    found = executable.memory_analysis()
+    return (
+        found.argument_size_in_bytes,
+        found.output_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.alias_size_in_bytes,
+    )
+
+
+def stage_memory(stage: Stage, segments: Mapping[str, Sizes]) -> StageMemory:
     """Returns what the compiler says of the stage's biggest segment, beside what the plan says."""
-    rows: list[StageMemory] = []
-    for name, segment in segments.items():
-        found = segment.executable.memory_analysis()
-        rows.append(
-            StageMemory(
-                arguments=found.argument_size_in_bytes,
-                outputs=found.output_size_in_bytes,
-                temporary=found.temp_size_in_bytes,
-                aliased=found.alias_size_in_bytes,
-                segment=name,
-                predicted=stage.memory.peak,
-                limit=stage.memory.limit,
-            )
-        )
-    nothing = StageMemory(0, 0, 0, 0, "", stage.memory.peak, stage.memory.limit)
-    return max(rows, key=lambda row: row.peak, default=nothing)
+    predicted, limit = stage.memory.peak, stage.memory.limit
+    rows = [
+        StageMemory(arguments, outputs, temporary, aliased, name, predicted, limit)
+        for name, (arguments, outputs, temporary, aliased) in segments.items()
+    ]
+    return max(rows, key=lambda row: row.peak, default=StageMemory(0, 0, 0, 0, "", predicted, limit))
 
 
 def _fullest(arrays: Sequence[Array]) -> int:
