@@ -186,7 +186,7 @@ def test_scan_has_a_body() -> None:
         return lax.scan(body, x, w)
 
     w = np.ones((4, 3, 3), np.float32)
-    traced = capture(f, (w, X))
+    traced = capture(f, (w, X), layer_scans=False)
     (loop,) = [e for e in traced.graph.equations if e.kind is OpKind.LOOP]
     assert (
         loop.loop is not None and loop.loop.length == 4 and loop.loop.consts == 0 and loop.loop.carries == 1
@@ -194,6 +194,28 @@ def test_scan_has_a_body() -> None:
     assert [e.op for e in loop.loop.body.equations] == ["dot_general", "tanh", "reduce_sum"]
     assert loop.flops == 4 * sum(e.flops for e in loop.loop.body.equations)
     assert_same(traced, f, w, X)
+
+
+def test_a_scan_over_layers_is_cut_with_its_stacked_parameters() -> None:
+    def step(w: Any, batch: Any) -> Any:
+        def loss(w: Any) -> Any:
+            h, _ = lax.scan(lambda c, w: (jnp.tanh(c @ w), None), batch, w)
+            return (h**2).mean()
+
+        value, g = jax.value_and_grad(loss)(w)
+        return w - 0.1 * g, value
+
+    w = np.linspace(-1, 1, 36, dtype=np.float32).reshape(4, 3, 3)
+    traced = capture(step, (w, X), layer_scans=(1, 3))
+    weights = traced.leaves[0]
+    assert [traced.graph.values[v].shape for v in weights.values] == [(1, 3, 3), (3, 3, 3)]
+    assert [traced.graph.values[v].name for v in weights.values] == ["w piece 0", "w piece 1"]
+    assert traced.graph.aliases == ((0, 0), (1, 1)) and traced.out_leaves[0].shape == (4, 3, 3)
+    assert len(traced.graph.layers) == 2
+    *pieces, value = jax.jit(lambda *xs: run(traced, xs))(w[:1], w[1:], X)
+    want, loss = step(w, X)
+    np.testing.assert_allclose(np.concatenate(pieces), want, rtol=1e-5)
+    np.testing.assert_allclose(value, loss, rtol=1e-5)
 
 
 def test_one_lone_array_is_state_only_when_it_comes_first() -> None:

@@ -90,7 +90,7 @@ def test_a_loop_is_rebuilt_around_any_body(reverse: bool) -> None:
         return lax.scan(body, c, xs, reverse=reverse, unroll=2)
 
     args = (rand(3), rand(2, 3), rand(5, 3, 3))
-    traced = capture(f, args)
+    traced = capture(f, args, layer_scans=False)
     (index,) = [i for i, e in enumerate(traced.graph.equations) if e.kind is OpKind.LOOP]
     inside = traced.bodies[index]
     seen = []
@@ -160,7 +160,7 @@ def test_loops_and_branches_are_rewritten_inside() -> None:
         return lax.cond(c.sum() > 0, lambda c: c * 2, lambda c: c - 1, c), ys, x.at[1].add(3)
 
     args = (rand(4, dtype=jnp.bfloat16), rand(3, 4, dtype=jnp.bfloat16))
-    traced = capture(f, args)
+    traced = capture(f, args, layer_scans=False)
 
     def without(*xs: Any) -> Any:
         return run(traced, xs, dtypes=BF16)

@@ -127,7 +127,7 @@ def text() -> str:
 
 
 def cases(golden: str) -> list[str]:
-    """Returns the text of each case; Shardy of jax 0.11 and later wants an updated dim whole, so not that one."""
+    """Returns the text of each case, but one on jax ≥ 0.11, whose Shardy wants an updated dim whole."""
     parts = golden.split("# ")
     return parts if compat.version() < (0, 11) else [p for p in parts if not p.startswith("dynamic update")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal, Var
 
-from autopar.core.errors import BadInput
+from autopar.core.errors import BadInput, MixedExamples
 from autopar.core.graph import Graph
 from autopar.trace import boundary, gradient, marks, microbatch, rng_slices
 from autopar.trace.arguments import Call, Tree, shapes, split_call, take_apart
@@ -18,6 +19,7 @@ from autopar.trace.flat import Flat, dce, flatten
 from autopar.trace.graph import trace
 from autopar.trace.microbatch import Analysis
 from autopar.trace.rules import RuleBook
+from autopar.trace.scans import CutScans, cut_scans
 from autopar.trace.staging import Staged, definition, stage
 from autopar.trace.state import Roles, roles
 from autopar.trace.traced import Assign, Leaf, Traced
@@ -37,6 +39,7 @@ def capture(
     microbatches: int = 1,
     assign: Assign = lambda graph: graph,
     remat: frozenset[str] | bool = False,
+    layer_scans: Sequence[int] | bool = True,
     rules: RuleBook = RULES,
 ) -> Traced:
     """Returns the graph of `fun(*args, **kwargs)` with the equations behind it; nothing is computed.
@@ -53,6 +56,8 @@ def capture(
         assign: completes the layers and phases that names leave open (`stages.assign.assign`).
         remat: names of layers (True: all) whose backward computes the forward again; only where
             `autopar.grad` or `autopar.value_and_grad` says what is differentiated.
+        layer_scans: how many layers each piece of a scan over layers has (see `scans.cut_scans`);
+            True: one each; False: scans stay whole.
         rules: where factor rules are kept.
     Raises:
         TraceError: the function cannot be captured; the message names the line.
@@ -67,9 +72,10 @@ def capture(
     staged = stage(fun, call, tree, full)
     role = roles(call, tree, full, staged.result, batch_argnums, microbatches)
     step = _Step(fun, call, tree, tuple(full), staged, role, microbatches)
-    flat, analysis, index = _cut_batch(step, rules)
-    gradients = _gradient_variables(flat)
-    traced = _assemble(step, normalise(flat, assign, remat, rules), index, gradients, rules)
+    cut, analysis, index = _cut_batch(step, layer_scans, rules)
+    gradients = _gradient_variables(cut.flat)
+    flat = normalise(cut.flat, assign, remat, rules)
+    traced = _assemble(step, cut, flat, index, gradients, rules)
     graph = traced.graph
     if analysis is not None:
         graph = replace(graph, combine=analysis.combinations(graph, traced.values))
@@ -97,20 +103,37 @@ class _Step:
         return [self.call.describe(path) for path in self.tree.paths]
 
 
-def _cut_batch(step: _Step, rules: RuleBook) -> tuple[Flat, Analysis | None, Var | None]:
+def _cut_batch(
+    step: _Step, layer_scans: Sequence[int] | bool, rules: RuleBook
+) -> tuple[CutScans, Analysis | None, Var | None]:
     """Returns the step for one micro-batch, how its results combine, and its index if it needs to know it."""
-    full = dce(flatten(step.staged.closed))
+    batch = [i for i, is_batch in enumerate(step.role.batch) if is_batch]
+    full = _cut_scans(dce(flatten(step.staged.closed)), layer_scans, batch, rules)
     m = step.microbatches
     if m == 1:
         return full, None, None
     staged = stage(step.fun, step.call, step.tree, _cut_shapes(step))
-    micro = dce(flatten(staged.closed))
-    batch = [i for i, cut in enumerate(step.role.batch) if cut]
-    analysis = microbatch.analyse(full, micro, m, batch, rules)
-    if not rng_slices.draws_per_example(analysis.flat, full):
-        return analysis.flat, analysis, None
-    sliced = microbatch.slice_rng(analysis.flat, full, m)
-    return sliced, analysis, sliced.inputs[-1]
+    micro = _cut_scans(dce(flatten(staged.closed)), layer_scans, batch, rules)
+    if micro.inputs != full.inputs:
+        raise MixedExamples(
+            "a scan over layers for the full batch is none for a micro-batch; use layer_scans=False"
+        )
+    starts = list(itertools.accumulate(full.inputs, initial=0))
+    pieces = [starts[i] for i in batch]  # of the batch nothing is cut by layers
+    analysis = microbatch.analyse(full.flat, micro.flat, m, pieces, rules)
+    if not rng_slices.draws_per_example(analysis.flat, full.flat):
+        return replace(micro, flat=analysis.flat), analysis, None
+    sliced = microbatch.slice_rng(analysis.flat, full.flat, m)
+    return replace(micro, flat=sliced), analysis, sliced.inputs[-1]
+
+
+def _cut_scans(
+    flat: Flat, layer_scans: Sequence[int] | bool, batch: Sequence[int], rules: RuleBook
+) -> CutScans:
+    if layer_scans is False:
+        return CutScans(flat, (1,) * len(flat.inputs), (1,) * len(flat.outputs), ())
+    pieces = None if layer_scans is True else layer_scans
+    return cut_scans(flat, rules, pieces=pieces, batch_inputs=batch)
 
 
 def _cut_shapes(step: _Step) -> list[jax.ShapeDtypeStruct]:
@@ -159,19 +182,24 @@ def _assigned(graph: Graph, assign: Assign) -> Graph:
 
 
 def _assemble(
-    step: _Step, flat: Flat, index: Var | None, gradients: Sequence[tuple[Any, Any]], rules: RuleBook
+    step: _Step,
+    cut: CutScans,
+    flat: Flat,
+    index: Var | None,
+    gradients: Sequence[tuple[Any, Any]],
+    rules: RuleBook,
 ) -> Traced:
     result = step.staged.result
     out_paths = [f"result{jax.tree_util.keystr(tuple(path))}" for path in result.paths]
-    names = {v: name for v, name in zip(flat.outputs, out_paths) if isinstance(v, Var)}
-    names |= dict(zip(flat.inputs, [*step.paths, "index of the micro-batch"]))
-    traced = trace(flat, rules, names)
+    names = dict(zip(_variables(flat.outputs), _piece_names(out_paths, cut.outputs)))
+    names |= dict(zip(flat.inputs, [*_piece_names(step.paths, cut.inputs), "index of the micro-batch"]))
+    traced = trace(flat, rules, {v: name for v, name in names.items() if isinstance(v, Var)})
     graph = traced.graph
     ids = {v: i for i, v in enumerate(traced.values)}
     leaves = tuple(
-        Leaf(path, tuple(s.shape), str(s.dtype), (v,), cut, position)
-        for path, s, v, cut, position in zip(
-            step.paths, step.full, graph.inputs, step.role.batch, step.tree.positions
+        Leaf(path, tuple(s.shape), str(s.dtype), values, is_batch, position)
+        for path, s, values, is_batch, position in zip(
+            step.paths, step.full, _grouped(graph.inputs, cut.inputs), step.role.batch, step.tree.positions
         )
     )
     batch = tuple(v for leaf in leaves if leaf.batch for v in leaf.values)
@@ -179,7 +207,7 @@ def _assemble(
         traced,
         graph=replace(
             graph,
-            aliases=step.role.aliases,
+            aliases=_aliases(step.role, cut),
             batch=batch if index is None else (*batch, ids[index]),
             microbatches=step.microbatches,
             gradients=tuple((ids[g], ids[p]) for g, p in gradients if g in ids and p in flat.inputs),
@@ -187,20 +215,50 @@ def _assemble(
         in_tree=step.tree.structure,
         out_tree=result.structure,
         leaves=leaves,
-        out_leaves=_out_leaves(flat, graph, result, out_paths),
+        out_leaves=_out_leaves(flat, graph, step, cut, out_paths),
         statics=step.tree.statics,
         out_statics=result.statics,
         index=None if index is None else ids[index],
         name=getattr(step.fun, "__name__", type(step.fun).__name__),
+        notes=(*traced.notes, *cut.notes),
     )
 
 
-def _out_leaves(flat: Flat, graph: Graph, result: Tree, paths: Sequence[str]) -> tuple[Leaf, ...]:
-    leaves = []
-    for path, s, v, atom, position in zip(
-        paths, result.arrays, graph.outputs, flat.outputs, result.positions, strict=True
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [a if isinstance(a, Var) else object() for a in atoms]
+
+
+def _piece_names(paths: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """Returns the name of each piece: the leaf's own, or "kernel piece 0", "kernel piece 1"…"""
+    return [path if n == 1 else f"{path} piece {i}" for path, n in zip(paths, counts) for i in range(n)]
+
+
+def _grouped(items: Sequence[Any], counts: Sequence[int]) -> list[tuple[Any, ...]]:
+    supply = iter(items)
+    return [tuple(itertools.islice(supply, n)) for n in counts]
+
+
+def _aliases(role: Roles, cut: CutScans) -> tuple[tuple[int, int], ...]:
+    """Returns the aliases of the graph's outputs and inputs: piece for piece."""
+    inputs = _grouped(range(sum(cut.inputs)), cut.inputs)
+    outputs = _grouped(range(sum(cut.outputs)), cut.outputs)
+    pairs = [(outputs[o], inputs[i]) for o, i in role.aliases]
+    return tuple(pair for os, is_ in pairs if len(os) == len(is_) for pair in zip(os, is_))
+
+
+def _out_leaves(
+    flat: Flat, graph: Graph, step: _Step, cut: CutScans, paths: Sequence[str]
+) -> tuple[Leaf, ...]:
+    result, leaves = step.staged.result, []
+    for path, s, ids, atoms, position in zip(
+        paths,
+        result.arrays,
+        _grouped(graph.outputs, cut.outputs),
+        _grouped(flat.outputs, cut.outputs),
+        result.positions,
+        strict=True,
     ):
-        literal = atom.val if isinstance(atom, Literal) else None
-        values = () if v is None else (v,)
+        literal = atoms[0].val if isinstance(atoms[0], Literal) else None
+        values = () if literal is not None else ids
         leaves.append(Leaf(path, tuple(s.shape), str(s.dtype), values, position=position, literal=literal))
     return tuple(leaves)
