@@ -392,7 +392,18 @@ SMALL = gpt.GPTConfig(vocabulary=32, positions=8, layers=2, hidden=16, heads=2)
 
 @pytest.mark.parametrize(
     "changes, remat",
-    [({}, False), ({}, True), ({"dropout": 0.2}, False), ({"dropout": 0.2}, True), ({"remat": True}, False)],
+    [
+        ({"dropout": 0.2}, True),
+        *(
+            pytest.param(changes, remat, marks=pytest.mark.slow)
+            for changes, remat in (
+                ({}, False),
+                ({}, True),
+                ({"dropout": 0.2}, False),
+                ({"remat": True}, False),
+            )
+        ),
+    ],
 )
 def test_gpt(changes, remat):
     step, state, batch = gpt_step(replace(SMALL, **changes))
@@ -405,6 +416,7 @@ def test_gpt(changes, remat):
     assert layers_of(flat, Phase.FORWARD) == ["Block_0", "Block_1"]
 
 
+@pytest.mark.slow
 def test_scan_gpt_is_one_equation_of_a_layer():
     step, state, batch = gpt_step(replace(SMALL, scan_layers=True))
     taken_apart(lambda s, b: step(s, b)[1:], state, batch)
@@ -445,7 +457,7 @@ OPERATIONS = (
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(
         st.tuples(

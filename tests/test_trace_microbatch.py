@@ -1,4 +1,4 @@
-"""Micro-batches: what is accepted equals the full batch numerically; what mixes examples is refused by name and line."""
+"""Micro-batches: what is accepted equals the full batch in numbers; what mixes examples is refused."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ BOTH = pytest.mark.parametrize("vg", [value_and_grad, jax.value_and_grad], ids=[
 
 
 def flats(step, state, batch, m):
-    """Returns the step's traces on the full batch and on a micro-batch, and the positions of the batch's leaves."""
+    """Returns the step's traces on the full batch and on a micro-batch, and which inputs are the batch."""
     size = len(jax.tree.leaves(batch)[0])
     part = jax.tree.map(lambda x: x[: size // m], batch)
     full, micro = (dce(flatten(jax.make_jaxpr(step)(state, b))) for b in (batch, part))
@@ -38,7 +38,7 @@ def flats(step, state, batch, m):
 
 
 def in_microbatches(step, state, batch, m):
-    """Returns the results of `step`, computed from m micro-batches, and how each value that left them was combined."""
+    """Returns the results of `step` from m micro-batches, and how each value that left them was combined."""
     full, micro, positions = flats(step, state, batch, m)
     analysis = analyse(full, micro, m, positions, RULES)
     flat = slice_rng(analysis.flat, full, m)
@@ -153,7 +153,10 @@ ACCEPTED = {
     "sum over a constant": (lambda p, b: losses(p, b).sum() / 7, Combine.SUM),
     "mean by hand": (lambda p, b: losses(p, b).sum() / len(b["y"]), Combine.MEAN),
     "weighted mean": (lambda p, b: (losses(p, b) * b["mask"]).mean(), Combine.MEAN),
-    "a mask of ones": (lambda p, b: (lambda w: (losses(p, b) * w).sum() / w.sum())(jnp.ones(8 * 0 + len(b["y"]))), Combine.MEAN),
+    "a mask of ones": (
+        lambda p, b: (lambda w: (losses(p, b) * w).sum() / w.sum())(jnp.ones(len(b["y"]))),
+        Combine.MEAN,
+    ),
     "weight decay": (
         lambda p, b: losses(p, b).mean() + sum((w**2).sum() for w in jax.tree.leaves(p)),
         Combine.MEAN,
@@ -162,9 +165,15 @@ ACCEPTED = {
         lambda p, b: -jax.nn.log_softmax(logits(p, b))[jnp.arange(len(b["y"])), b["y"]].mean(),
         Combine.MEAN,
     ),
-    "one hot": (lambda p, b: -(jax.nn.log_softmax(logits(p, b)) * jax.nn.one_hot(b["y"], 5)).mean(), Combine.MEAN),
+    "one hot": (
+        lambda p, b: -(jax.nn.log_softmax(logits(p, b)) * jax.nn.one_hot(b["y"], 5)).mean(),
+        Combine.MEAN,
+    ),
     "per-example mean": (lambda p, b: (logits(p, b).mean(-1) ** 2).mean(), Combine.MEAN),
-    "vmap": (lambda p, b: jax.vmap(lambda x, y: each(MODEL.apply(p, x), y))(b["x"], b["y"]).mean(), Combine.MEAN),
+    "vmap": (
+        lambda p, b: jax.vmap(lambda x, y: each(MODEL.apply(p, x), y))(b["x"], b["y"]).mean(),
+        Combine.MEAN,
+    ),
     "branch on parameters": (
         lambda p, b: jax.lax.cond(
             jax.tree.leaves(p)[1].sum() > 0, lambda: losses(p, b).mean(), lambda: 2 * losses(p, b).mean()
@@ -181,19 +190,27 @@ ACCEPTED = {
         ).mean(),
         Combine.MEAN,
     ),
-}  # fmt: skip
+}
 
 
-@BOTH
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_accepted_losses_equal_the_full_batch(name, vg):
+def test_accepted_losses_equal_the_full_batch(name):
     loss, how = ACCEPTED[name]
-    assert agrees(trained(loss, vg), WEIGHTS, BATCH) - {Combine.LAST} == {how}
+    assert agrees(trained(loss), WEIGHTS, BATCH) - {Combine.LAST} == {how}
+
+
+@pytest.mark.parametrize("name", ["sum", "rows by number", "weight decay", "loop"])
+def test_accepted_losses_with_plain_jax(name):
+    loss, how = ACCEPTED[name]
+    assert agrees(trained(loss, jax.value_and_grad), WEIGHTS, BATCH) - {Combine.LAST} == {how}
 
 
 REFUSED = {
     "masked mean": (lambda p, b: (losses(p, b) * b["mask"]).sum() / b["mask"].sum(), "div"),
-    "contrastive": (lambda p, b: (lambda h: each(h @ h.T, jnp.arange(len(h))).mean())(logits(p, b)), "dot_general"),
+    "contrastive": (
+        lambda p, b: (lambda h: each(h @ h.T, jnp.arange(len(h))).mean())(logits(p, b)),
+        "dot_general",
+    ),
     "max": (lambda p, b: losses(p, b).max(), "takes the max over examples"),
     "balance": (lambda p, b: (jax.nn.softmax(logits(p, b)).mean(0) * logits(p, b).mean(0)).sum(), "mul"),
     "root": (lambda p, b: jnp.sqrt(losses(p, b).mean()), "sqrt"),
@@ -205,9 +222,12 @@ REFUSED = {
     "half": (lambda p, b: losses(p, b)[: len(b["y"]) // 2].mean(), "slice"),
     "first": (lambda p, b: logits(p, b).at[0].set(0.0).mean(), "scatter"),
     "sorted": (lambda p, b: (jnp.sort(losses(p, b)) * losses(p, b)).mean(), "sort"),
-    "running": (lambda p, b: jax.lax.scan(lambda c, x: (c + x, c), 0.0, losses(p, b))[1].mean(), "one after another"),
+    "running": (
+        lambda p, b: jax.lax.scan(lambda c, x: (c + x, c), 0.0, losses(p, b))[1].mean(),
+        "one after another",
+    ),
     "variance": (lambda p, b: jnp.var(losses(p, b)), "near test_trace_microbatch.py"),
-}  # fmt: skip
+}
 
 
 @BOTH
@@ -246,7 +266,7 @@ def test_results_per_example_and_metrics():
         right = (aux[0].argmax(-1) == b["y"]).mean()
         return jax.tree.map(jnp.tanh, g), jnp.exp(value), aux, right, b["x"]
 
-    assert agrees(step, WEIGHTS, BATCH) == set(Combine)
+    assert agrees(step, WEIGHTS, BATCH) == {Combine.MEAN, Combine.SUM, Combine.CONCAT}
 
 
 def test_gradient_for_the_batch():
@@ -273,9 +293,10 @@ def test_new_parameters_on_the_same_batch_are_refused():
 
 
 def test_a_step_that_depends_on_the_batch_size_is_refused():
-    step = lambda p, b: (
-        losses(p, b).mean() * (1 if len(b["y"]) > 4 else jnp.tanh(2.0 * p["params"]["Dense_1"]["bias"].sum()))
-    )  # noqa: E731
+    def step(p, b):
+        scale = 1 if len(b["y"]) > 4 else jnp.tanh(2.0 * p["params"]["Dense_1"]["bias"].sum())
+        return losses(p, b).mean() * scale
+
     assert "depends on the batch size" in refused(step, WEIGHTS, BATCH)
 
 
@@ -293,12 +314,18 @@ def language(config, vg):
     return step, gpt.init(config, KEY), {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
-@BOTH
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"scan_layers": True}, {"dropout": 0.3}, {"dropout": 0.3, "scan_layers": True}, {"dropout": 0.3, "remat": True}],
-    ids=lambda c: "-".join(c) or "plain",
-)  # fmt: skip
+    "changes, vg",
+    [
+        ({"dropout": 0.3, "scan_layers": True}, value_and_grad),
+        ({"dropout": 0.3}, jax.value_and_grad),
+        *(
+            pytest.param(changes, vg, marks=pytest.mark.slow)
+            for vg in (value_and_grad, jax.value_and_grad)
+            for changes in ({}, {"scan_layers": True}, {"dropout": 0.3, "remat": True})
+        ),
+    ],
+)
 def test_gpt(changes, vg):
     assert agrees(*language(replace(GPT, **changes), vg), m=2) == {Combine.MEAN}
 
@@ -352,11 +379,31 @@ def test_tags():
     assert joined(piece(0, 0), piece(0, 8)) == piece(0, 8) and joined(piece(0, 8), piece(1, 8)) is None
 
 
-UNARY = (jnp.tanh, lambda x: x.mean(), lambda x: x.sum(0), lambda x: x / 3, jnp.abs, lambda x: x * len(x) if x.ndim else x,
-         lambda x: x.reshape(-1), jnp.cumsum, lambda x: x.mean(-1, keepdims=True) if x.ndim else x, lambda x: x.T,
-         lambda x: jnp.zeros_like(x), lambda x: x.max(0) if x.ndim else x, lambda x: x**2, lambda x: -x)  # fmt: skip
-BINARY = (jnp.add, jnp.multiply, jnp.subtract, lambda x, y: x / (2 + y**2), jnp.maximum, lambda x, y: jnp.where(x > y, x, y),
-          lambda x, y: x @ y if x.ndim == y.ndim == 2 and x.shape[1] == y.shape[0] else x + y)  # fmt: skip
+UNARY = (
+    jnp.tanh,
+    lambda x: x.mean(),
+    lambda x: x.sum(0) if x.ndim else x,
+    lambda x: x / 3,
+    jnp.abs,
+    lambda x: x * len(x) if x.ndim else x,
+    lambda x: x.reshape(-1),
+    jnp.cumsum,
+    lambda x: x.mean(-1, keepdims=True) if x.ndim else x,
+    lambda x: x.T,
+    lambda x: jnp.zeros_like(x),
+    lambda x: x.max(0) if x.ndim else x,
+    lambda x: x**2,
+    lambda x: -x,
+)
+BINARY = (
+    jnp.add,
+    jnp.multiply,
+    jnp.subtract,
+    lambda x, y: x / (2 + y**2),
+    jnp.maximum,
+    lambda x, y: jnp.where(x > y, x, y),
+    lambda x, y: x @ y if x.ndim == y.ndim == 2 and x.shape[1] == y.shape[0] else x + y,
+)
 
 
 @settings(max_examples=25, deadline=None)

@@ -204,8 +204,8 @@ def _pieces(
 def _number(pair: Pair, tags: Sequence[Tag]) -> int | str | None:
     """Returns the column of the result that numbers examples, None if none does, or why that cannot be said.
 
-    These are the steps from `jnp.arange(n)` to the gather in `x[jnp.arange(n), labels]`: a negative index gets
-    n added, then the indices are put side by side.
+    These are the steps from `jnp.arange(n)` to the gather in `x[jnp.arange(n), labels]`: a negative
+    index gets n added, then the indices are put side by side.
     """
     numbers = [i for i, t in enumerate(tags) if t.numbered]
     if not numbers:

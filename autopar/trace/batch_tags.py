@@ -1,4 +1,4 @@
-"""What a micro-batch's value is to the full batch's: equal, a piece of it, a term of a sum, or none of these."""
+"""What a micro-batch's value is to the full batch's: equal, a piece of it, a term of a sum, or neither."""
 
 from __future__ import annotations
 

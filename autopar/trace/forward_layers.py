@@ -192,7 +192,7 @@ def _pushed(flat: Flat, layer: Sequence[int | None]) -> list[int | None]:
     pushed: list[int | None] = []
     for equation, own in zip(flat.equations, layer):
         floors = [made[a] for a in equation.invars if isinstance(a, Var) and a in made]
-        at = max([*floors, *([] if own is None else [own])], default=None)
+        at = max(floors if own is None else [*floors, own]) if floors or own is not None else None
         pushed.append(at)
         if at is not None:
             made.update(dict.fromkeys(equation.outvars, at))
@@ -216,12 +216,16 @@ def _homes(forward: Forward, layer: Sequence[int | None]) -> list[int | None]:
     for i, equation in enumerate(forward.flat.equations):
         read = [a for a in equation.invars if isinstance(a, Var)]
         from_ = set[Var]().union(*(sources.get(a, set()) for a in read))
-        shrinks = from_ and max(v.aval.size for v in equation.outvars) < max(a.aval.size for a in read)
+        shrinks = from_ and max(map(_size, equation.outvars)) < max(map(_size, read))
         if layer[i] is None and shrinks:
             homes[i] = max((first[v] for v in from_ if v in first), default=None)
         if from_ and homes[i] is None:
             sources.update((v, from_) for v in equation.outvars)
     return homes
+
+
+def _size(v: Any) -> int:
+    return int(v.aval.size)
 
 
 def relevant_variables(forward: Forward) -> frozenset[Var]:
@@ -239,4 +243,5 @@ def relevant_variables(forward: Forward) -> frozenset[Var]:
 
 def is_inexact(v: Var) -> bool:
     """Returns whether a variable is real or complex, so that it has a cotangent."""
-    return bool(jnp.issubdtype(v.aval.dtype, np.inexact))
+    aval: Any = v.aval
+    return bool(jnp.issubdtype(aval.dtype, np.inexact))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
@@ -104,7 +105,7 @@ def grad(
 
 def _staging() -> bool:
     # Whatever is computed while a jaxpr is being recorded is a tracer, even a constant: JAX's "omnistaging".
-    return isinstance(lax.full((), 0, np.int32), jax.core.Tracer)
+    return isinstance(lax.full((), 0, np.int32), Tracer)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jax import lax
-from jax.extend.core import JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from autopar.core.graph import Graph, Phase
 from autopar.trace import boundary
@@ -170,7 +171,7 @@ class _Differentiation:
         for v, cotangent in zip(derivative.wanted, results):
             self.contributions.setdefault(v, []).append(cotangent)
 
-    def _inline(self, closed, operands: Sequence[Atom], mark: Mark, layer: Layer) -> list[Atom]:  # type: ignore[no-untyped-def]
+    def _inline(self, closed: ClosedJaxpr, operands: Sequence[Atom], mark: Mark, layer: Layer) -> list[Atom]:
         start = len(self.builder.equations)
         results = inline(self.builder, closed, operands, mark)
         known = tracebacks(layer.equations)
@@ -186,7 +187,8 @@ class _Differentiation:
         return total
 
     def _zeros(self, v: Var, mark: Mark) -> Atom:
-        params = {"shape": v.aval.shape, "broadcast_dimensions": (), "sharding": None}
+        aval: Any = v.aval
+        params = {"shape": aval.shape, "broadcast_dimensions": (), "sharding": None}
         return self.builder.bind(
             lax.broadcast_in_dim_p, [_scalar(0.0, v)], [v.aval], params, mark, self.equation
         )[0]

@@ -15,8 +15,8 @@ from autopar.trace.flat import Builder, Flat, Mark, inline
 def function_of(equation: JaxprEqn) -> Flat:
     """Returns the function in a GRAD equation, one input per operand.
 
-    Custom derivatives and remat stay whole, other calls are inlined. Its marks say FORWARD, and the layer where a
-    pass has cut the function already. Its names lie within those of the equation.
+    Custom derivatives and remat stay whole, other calls are inlined. Its marks say FORWARD, and the layer
+    where a pass has cut the function already. Its names lie within those of the equation.
     """
     closed, names = equation.params["jaxpr"], equation.params["layers"]
     inputs = [compat.variable(aval) for aval in closed.in_avals]

@@ -50,7 +50,7 @@ def groups(equation: JaxprEqn, rule: Rule | None, length: int | None) -> list[li
 
 
 def on_pieces(equation: JaxprEqn, rule: Rule | None, cut: Sequence[bool], length: int) -> list[bool] | None:
-    """Returns which results of an equation are pieces when operands are; the others are partial, to be reduced.
+    """Returns which results of an equation are pieces when operands are; the others are partial.
 
     Args:
         equation: any but those that hold jaxprs. rule: its factor rule.

@@ -94,7 +94,7 @@ def _unusable(tag: Tag) -> str:
         return "numbers the examples of the batch"
     if tag.is_piece and not tag.exponent:
         return "has the examples in another dim than the first"
-    return f"depends on the batch size: its value changes with the number of micro-batches to the power {tag.exponent}"
+    return f"depends on the batch size: it changes with the number of micro-batches (power {tag.exponent})"
 
 
 def analyse(
@@ -153,16 +153,16 @@ def _unlike(a: JaxprEqn, b: JaxprEqn | None) -> MixedExamples:
     other = f"{b.primitive.name} in its place" if b is not None else "nothing in its place"
     return MixedExamples(
         f"{compat.line_of(a) or 'the step'}: {a.primitive.name} for the full batch has {other} for "
-        "a micro-batch, so the function depends on the batch size (batches of one example are often special). Use fewer "
-        "micro-batches, or microbatches=1"
+        "a micro-batch, so the function depends on the batch size (batches of one are often special). "
+        "Use fewer micro-batches, or microbatches=1"
     )
 
 
 def _per_microbatch(pairs: Sequence[Pair], micro: Flat, varying: set[Var]) -> list[bool]:
-    """Returns which equations run per micro-batch: the differentiated, those that touch the batch, what feeds them.
+    """Returns which equations run per micro-batch: the differentiated, those on the batch, what feeds them.
 
-    What reads a constant that depends on the batch size is among them: applied once per step, the mean of a sum
-    would divide by the size of a micro-batch.
+    What reads a constant that depends on the batch size is among them: applied once per step, the mean of a
+    sum would divide by the size of a micro-batch.
     """
     needed: set[Var] = set()
     once = [False] * len(pairs)
@@ -316,7 +316,7 @@ def _flat_body(closed: ClosedJaxpr) -> Flat:
 
 
 def _derivative(pair: Pair, loss: Tag, operand: Tag) -> Tag:
-    """Returns the tag of the loss's gradient for an operand: differentiation is linear, so m's power stays."""
+    """Returns the tag of the loss's gradient for an operand: differentiation is linear, m's power stays."""
     if loss.kind is Kind.MIXED or operand.kind is Kind.MIXED:
         return loss if loss.kind is Kind.MIXED else operand
     if operand.exponent or operand.kind is Kind.TERM:

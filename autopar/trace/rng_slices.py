@@ -1,4 +1,4 @@
-"""Random numbers of a micro-batch that are those of the full batch: draw all, keep the micro-batch's slice."""
+"""Random numbers of a micro-batch that are those of the full batch: draw all, keep its slice."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def draws_per_example(micro: Flat, full: Flat) -> bool:
 
 
 def _differs(micro: JaxprEqn, full: JaxprEqn) -> bool:
-    """Returns whether an equation, or one inside of it, draws per example from a key that all examples share."""
+    """Returns whether an equation, or one inside of it, draws per example from a key they share."""
     if micro.primitive.name in _DRAWS:
         keys = [_shape(a) for a in micro.invars] == [_shape(a) for a in full.invars]
         return keys and _shape(micro.outvars[0]) != _shape(full.outvars[0])

@@ -42,8 +42,8 @@ class CutScans:
 def find_layer_scans(flat: Flat, rules: Rules, batch_inputs: Sequence[int] = ()) -> int | None:
     """Returns the length of the scans over layers, None if there is no such scan.
 
-    A scan is over layers when what it scans comes from an input of that length that is not the batch (directly, or
-    cast or otherwise computed layer by layer). Of several lengths, the one with most floating-point operations.
+    A scan is over layers when what it scans comes from an input of that length that is not the batch
+    (directly, or cast or otherwise computed layer by layer). Of several lengths, the one with most work.
 
     Args:
         flat: a step; a scan in the function of a gradient equation counts as well.
@@ -91,10 +91,11 @@ def cut_scans(
 ) -> CutScans:
     """Returns the step with its scans over layers cut into runs, each run a layer ("scan[3]", "scan[4:6]").
 
-    A run of one layer is the body itself, a longer one a shorter scan. Inputs that are scanned over are cut into
-    inputs, and the cut is carried on through whatever treats the layers one by one (optimizers), through sums over
-    everything (a global norm) and through other scans of these layers (the backward pass). Anywhere else the pieces
-    are concatenated, with a note. A scan inside a gradient equation is cut there, before it is differentiated.
+    A run of one layer is the body itself, a longer one a shorter scan. Inputs that are scanned over are cut
+    into inputs, and the cut is carried on through whatever treats the layers one by one (optimizers), through
+    sums over everything (a global norm) and through other scans of these layers (the backward pass). Anywhere
+    else the pieces are concatenated, with a note. A scan inside a gradient equation is cut there, before
+    it is differentiated.
 
     Args:
         flat: a step, calls inlined.
