@@ -227,6 +227,15 @@ def test_one_lone_array_is_state_only_when_it_comes_first() -> None:
     assert capture(lambda x: x * 2, (X,)).graph.aliases == ()
 
 
+def test_each_part_of_the_result_is_the_next_value_of_one_argument() -> None:
+    def step(params: Any, moments: Any, x: Any) -> Any:
+        moments = jax.tree.map(lambda m: 0.9 * m + x.sum(), moments)
+        return jax.tree.map(jnp.subtract, params, moments), moments
+
+    tree = {"a": np.ones((3, 3), np.float32), "b": np.ones(3, np.float32)}
+    assert capture(step, (tree, tree, X)).graph.aliases == ((0, 0), (1, 1), (2, 2), (3, 3))
+
+
 def test_keys_and_scalars_are_not_cut() -> None:
     def f(key: Any, raw: Any, n: Any, x: Any) -> Any:
         return jax.random.normal(key, (2,)).sum() + raw[0] + n + x.sum()
