@@ -156,7 +156,7 @@ def test_reverse_two_scans_and_skip():
     def loss(p, x):
         x, seen = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, p["w"])
         x, _ = jax.lax.scan(
-            lambda x, wy: (x + jnp.tanh(wy[1] @ wy[0]), None), x, (p["w"], seen), reverse=True
+            lambda x, wy: (jnp.tanh(x + wy[1] @ wy[0]), None), x, (p["w"], seen), reverse=True
         )
         return jnp.mean(x**2)
 
