@@ -29,18 +29,15 @@ def move_costs(
     a: list[Layout], b: list[Layout], size: int, mesh: tuple[int, ...], rng: np.random.Generator
 ) -> IntArray:
     """Returns the cost of going from each layout of a to each of b: what every axis that changes must move."""
-    dims = 1 + max((d for layout in b for d in layout), default=0)
+    dims = 1 + max(d for layout in a for d in layout)
     turn = np.append(rng.permutation(dims), -1) if rng.random() < 0.3 else np.append(np.arange(dims), -1)
     price = rng.uniform(0.5, 2.0, len(mesh))
-    out = np.zeros((len(a), len(b)), np.int64)
-    for s, from_layout in enumerate(a):
-        for t, to_layout in enumerate(b):
-            for axis, (x, y) in enumerate(zip(from_layout, to_layout)):
-                x = int(turn[x]) if -1 <= x < dims else x
-                if x != y:
-                    share = size / min(parts(from_layout, mesh), parts(to_layout, mesh))
-                    out[s, t] += int(price[axis] * share * (1.0 if y == -1 else 0.4 if x == -1 else 0.6))
-    return out
+    before, after = turn[np.array(a)][:, None, :], np.array(b)[None, :, :]
+    cut = [np.array([parts(layout, mesh) for layout in layouts]) for layouts in (a, b)]
+    share = size / np.minimum(cut[0][:, None], cut[1][None, :])
+    # An axis that gathers moves most, one that re-cuts less, one that only slices least.
+    weight = np.where(after == -1, 1.0, np.where(before == -1, 0.4, 0.6))
+    return ((before != after) * weight * price * share[:, :, None]).sum(axis=2).astype(np.int64)
 
 
 def matching(k: int) -> IntArray:
