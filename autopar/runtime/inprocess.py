@@ -159,7 +159,7 @@ class InProcessSession:
         )
 
     def memory(self) -> tuple[int, ...]:
-        return tuple(_fullest(interpreter.live()) for interpreter in self.interpreters)
+        return tuple(fullest(interpreter.live()) for interpreter in self.interpreters)
 
     def close(self) -> None:
         self._clear()
@@ -240,7 +240,7 @@ def stage_memory(stage: Stage, segments: Mapping[str, Sizes]) -> StageMemory:
     return max(rows, key=lambda row: row.peak, default=StageMemory(0, 0, 0, 0, "", predicted, limit))
 
 
-def _fullest(arrays: Sequence[Array]) -> int:
+def fullest(arrays: Sequence[Array]) -> int:
     held = Counter[Any]()
     for x in arrays:
         for shard in x.addressable_shards:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from autopar.core.errors import BadInput
 from autopar.core.plan import Plan
 from autopar.core.program import Program
 from autopar.runtime.ray_backend.nodes import Nodes
@@ -17,22 +18,33 @@ __all__ = ["Ray", "RaySession"]
 class Ray:
     """A backend that runs every stage in a process of its own on a Ray cluster.
 
-    A node offers its devices as a custom resource named after their kind: `ray start
-    --resources='{"T4": 4}'`.
+    A node offers its devices as a custom resource that is called as their kind:
+    `ray start --resources='{"T4": 4}'`. Workers need autopar installed, and nothing of the user's code. They
+    send each other tensors over TCP, on their nodes' addresses; connections are authenticated, not encrypted.
 
     Attributes:
-        address: of a running cluster; None: the one this machine belongs to.
+        address: of a running cluster; None: the one this process or machine belongs to.
         emulate: make up the plan's nodes on this machine, with host devices, and stop them at the end.
+            Everything then listens on 127.0.0.1 only.
         platform: "cpu" or "cuda"; None: "cpu" when emulating, else "cuda".
-        host: the address workers listen on.
-        timeout: seconds a stage waits for a message before it gives up.
+        timeout: seconds a stage waits for another's message, and the driver for a worker, before giving up.
+        cache: folder, reachable from all nodes, that keeps compiled programs; None: a temporary one when
+            emulating, else none.
     """
 
     address: str | None = None
     emulate: bool = False
     platform: str | None = None
-    host: str = "127.0.0.1"
     timeout: float = 300.0
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.emulate and self.address is not None:
+            raise BadInput(f"Ray(emulate=True) makes up a cluster; leave out address={self.address!r}")
+        if self.platform not in (None, "cpu", "cuda"):
+            raise BadInput(f'Ray(platform=…) is "cpu" or "cuda", not {self.platform!r}')
+        if not self.timeout > 0:
+            raise BadInput(f"Ray(timeout=…) takes seconds above 0, not {self.timeout!r}")
 
     def start(self, plan: Plan, program: Program, traced: Any) -> RaySession:
         """Returns a session, all segments compiled.
@@ -41,17 +53,12 @@ class Ray:
             BackendError: the cluster cannot be reached, lacks devices, or its workers don't start.
             NotImplementedError: a stage spans several nodes.
         """
-        wide = [s for s, stage in enumerate(plan.stages) if len(stage.nodes) > 1]
-        if wide:
-            raise NotImplementedError(
-                f"stage {wide[0]} spans the nodes {', '.join(plan.stages[wide[0]].nodes)}; the Ray backend runs a stage "
-                "on one node: ask for more stages, or run the plan with InProcess()"
-            )
+        for s, stage in enumerate(plan.stages):
+            if len(stage.nodes) > 1:
+                raise NotImplementedError(
+                    f"stage {s} spans the nodes {', '.join(stage.nodes)}; the Ray backend runs a stage on "
+                    "one node: ask for more stages, or run the plan with InProcess()"
+                )
         nodes = Nodes(plan, self.address, self.emulate)
         platform = self.platform or ("cpu" if self.emulate else "cuda")
-        try:
-            nodes.check(plan)
-            return RaySession(plan, program, traced, nodes, platform, self.host, self.timeout)
-        except BaseException:
-            nodes.close()
-            raise
+        return RaySession(plan, program, traced, nodes, platform, self.timeout, self.cache)

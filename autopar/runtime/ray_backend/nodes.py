@@ -1,155 +1,192 @@
-"""The Ray cluster under a session: one that is running already, or one made up of this machine for a
-test drive."""
+"""The Ray cluster under a session: one that is running already, or one made up of this machine for a try.
+
+A process has one connection to Ray at most, so its sessions share it, and the emulated cluster with it: the
+first makes both, the last to close ends both.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from autopar.core.errors import BackendError
 from autopar.core.plan import Plan
+from autopar.runtime.ray_backend.emulated import LOOPBACK, Emulated
 
-STORE = 100 << 20
-"""Bytes of each emulated node's object store."""
+SETTLE = 2.0
+"""Seconds after which devices that a closed session had are free again."""
 
-LOOPBACK = "127.0.0.1"
-"""An emulated cluster listens nowhere else."""
 
-QUIET = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DISABLE_IMPORT_WARNING": "1",
-}
+@dataclass
+class _Shared:
+    """What this process has of Ray: how many sessions use it, and what was begun here."""
+
+    users: int = 0
+    connected: bool = False
+    emulated: Emulated | None = None
+
+
+_SHARED = _Shared()
 
 
 def import_ray() -> Any:
     """Returns the ray module. Raises BackendError when it is not installed."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # asked for at import, with a warning
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             import ray
     except ImportError:
         raise BackendError("Ray is not installed; pip install 'autopar[ray]'") from None
     return ray
 
 
-def needs(plan: Plan) -> dict[str, dict[str, int]]:
-    """Returns node name → the resources that the plan's stages take of it, by device kind."""
-    found: dict[str, dict[str, int]] = {}
+def needs(plan: Plan) -> dict[str, Counter[str]]:
+    """Returns node name → how many devices of each kind the plan's stages use there.
+
+    A Ray node offers its devices as a custom resource that is called as their kind.
+    """
+    found: dict[str, Counter[str]] = {}
     for stage in plan.stages:
-        kind = stage.mesh.device.name
         for node, _ in stage.devices:
-            found.setdefault(node, {}).setdefault(kind, 0)
-            found[node][kind] += 1
+            found.setdefault(node, Counter())[stage.mesh.device.name] += 1
     return found
 
 
-def resource(kind: str) -> str:
-    """Returns the custom resource that a Ray node with such devices offers: the kind's own name."""
-    return kind
-
-
 class Nodes:
-    """A connection to a Ray cluster, and the cluster itself if it was started here. `close` undoes both."""
+    """A session's share in the connection to a Ray cluster. Begun at once, there after `connect`."""
 
     def __init__(self, plan: Plan, address: str | None, emulate: bool):
-        self._cluster: Any = None
-        self._connected = False
-        ray = self.ray = import_ray()
+        self.ray, self._needs = import_ray(), needs(plan)
+        self._address, self._emulate, self._open = address, emulate, True
+        _SHARED.users += 1
         try:
-            if emulate and not ray.is_initialized():
-                address = self._emulate(plan)
-            self._connect(address)
+            if emulate and _SHARED.emulated is None and not self.ray.is_initialized():
+                _SHARED.emulated = Emulated()
+                _SHARED.emulated.ask(list(self._needs.values()))
         except BaseException:
             self.close()
             raise
 
-    def _emulate(self, plan: Plan) -> str:
-        from ray.cluster_utils import Cluster
+    @property
+    def emulated(self) -> bool:
+        """Whether the workers are processes of this machine that nobody else looks after."""
+        return self._emulate and _SHARED.emulated is not None
 
-        with _quiet(), _loopback():
-            here = {"node_ip_address": LOOPBACK, "object_store_memory": STORE}
-            head = {"num_cpus": 1, "include_dashboard": False, **here}
-            self._cluster = Cluster(initialize_head=True, head_node_args=head)
-            for kinds in needs(plan).values():
-                self._cluster.add_node(num_cpus=1, resources=kinds, wait=False, **here)
-            self._cluster.wait_for_nodes(60)
-        return self._cluster.address
+    def ready(self) -> bool:
+        """Returns whether `connect` would not wait for nodes."""
+        return _SHARED.emulated is None or _SHARED.emulated.ready()
 
-    def _connect(self, address: str | None) -> None:
-        if self.ray.is_initialized():
-            return
+    def connect(self) -> None:
+        """Waits for the nodes. Raises BackendError when the cluster is not there or lacks devices."""
+        address = self._address or "auto"
         try:
-            with _quiet(), _loopback() if self._cluster is not None else contextlib.nullcontext():
-                own = {"_node_ip_address": LOOPBACK} if self._cluster is not None else {}
-                self.ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR", **own)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            if self._emulate and _SHARED.emulated is not None:
+                address = _SHARED.emulated.address()
+            if not self.ray.is_initialized():
+                self._init(address)
+            elif self._emulate and _SHARED.emulated is not None:
+                self._extend(_SHARED.emulated)
+        except (OSError, RuntimeError, ValueError) as error:
             raise BackendError(
-                f"no Ray cluster at {address or 'auto'} ({str(error).splitlines()[0][:200]}); start one with `ray start "
-                "--head`, pass its address, or use Ray(emulate=True) to try a plan on this machine"
+                f"no Ray cluster at {address} ({_first_line(error)}); start one with `ray start --head` and "
+                "pass its address, or try the plan on this machine with Ray(emulate=True)"
             ) from None
-        self._connected = True
+        self._check()
 
-    def check(self, plan: Plan) -> None:
-        """Raises BackendError unless the cluster offers the devices the plan needs."""
+    def _init(self, address: str) -> None:
+        emulated = _SHARED.emulated is not None
+        own = {"_node_ip_address": LOOPBACK} if emulated else {}
+        with _quiet(), _loopback() if emulated else contextlib.nullcontext():
+            self.ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+        _SHARED.connected = True
+        _print_raylets(False)
+
+    def _extend(self, cluster: Emulated) -> None:
+        """Adds nodes to an emulated cluster whose own are taken by other sessions."""
+        wanted = _total(self._needs)
+        end = time.monotonic() + SETTLE
+        while short := _short(wanted, self.ray.available_resources()):
+            if time.monotonic() > end:
+                lacking = [kinds for kinds in self._needs.values() if kinds.keys() & short.keys()]
+                cluster.ask(lacking)
+                cluster.address()
+                return
+            time.sleep(0.05)
+
+    def _check(self) -> None:
         offered = self.ray.cluster_resources()
-        wanted: dict[str, int] = {}
-        for kinds in needs(plan).values():
-            for kind, count in kinds.items():
-                wanted[kind] = wanted.get(kind, 0) + count
-        short = [
-            f"{n} × {k} (it offers {offered.get(k, 0):g})" for k, n in wanted.items() if offered.get(k, 0) < n
-        ]
-        if short:
+        if short := _short(_total(self._needs), offered):
+            lacking = ", ".join(
+                f"{n} × {kind} (it has {offered.get(kind, 0):g})" for kind, n in short.items()
+            )
+            example = ", ".join(f'"{kind}": {n}' for kind, n in short.items())
             raise BackendError(
-                f"the Ray cluster lacks {', '.join(short)}; start each node with its devices as resources, e.g. "
-                "ray start --address=… --resources='{\"T4\": 4}'"
+                f"the Ray cluster lacks {lacking}; a node offers its devices by "
+                f"`ray start --address=… --resources='{{{example}}}'`"
             )
 
     def close(self) -> None:
-        """Disconnects and stops what was started."""
+        """Gives the share back; the last one disconnects and stops what was started here."""
+        if not self._open:
+            return
+        self._open = False
+        _SHARED.users -= 1
+        if _SHARED.users:
+            return
         with contextlib.suppress(Exception), _quiet():
-            if self._connected:
+            if _SHARED.connected:
                 self.ray.shutdown()
-            if self._cluster is not None:
-                self._cluster.shutdown()
-        self._connected, self._cluster = False, None
+                _print_raylets(True)
+        if _SHARED.emulated is not None:
+            _SHARED.emulated.close()
+        _SHARED.connected, _SHARED.emulated = False, None
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray leaves sockets and files to the garbage collector, which warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings(
-            "ignore", r"os\.fork\(\) was called", RuntimeWarning
-        )  # Ray forks and then execs
-        yield
+def _total(nodes: Mapping[str, Counter[str]]) -> Counter[str]:
+    return sum(nodes.values(), Counter[str]())
+
+
+def _short(wanted: Mapping[str, int], offered: Mapping[str, float]) -> dict[str, int]:
+    return {kind: n for kind, n in wanted.items() if offered.get(kind, 0) < n}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _print_raylets(wanted: bool) -> None:
+    """Ray prints every worker's death on the driver's terminal, whatever `log_to_driver` says; an error of
+    ours says it already."""
+    from ray._private import worker
+
+    if hasattr(worker, "_worker_logs_enabled"):
+        worker._worker_logs_enabled = wanted
 
 
 @contextlib.contextmanager
 def _loopback() -> Iterator[None]:
-    """Ray takes "127.0.0.1" for "an address of this machine" and listens on that, unless told that there is one
-    machine only. Linux is told the way that macOS and Windows are: by this variable, read when Ray is imported,
-    here and in the processes that it starts."""
+    """This process takes 127.0.0.1 as it is, as the emulated cluster's processes do (see `emulated`)."""
     from ray._private import ray_constants
 
-    name, told = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER
-    before = os.environ.get(name)
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    told = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = told
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray leaves sockets and files to the garbage collector, and uses what is deprecated."""
+    with warnings.catch_warnings():
+        for category in (ResourceWarning, DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # it execs at once
+        yield

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import secrets
 import shutil
+import signal
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,14 +20,18 @@ from autopar.core.errors import BackendError, StageFailed
 from autopar.core.plan import Plan
 from autopar.core.program import Buffer, Program
 from autopar.core.timeline import Timeline
+from autopar.runtime import layout
 from autopar.runtime.backend import StageMemory
-from autopar.runtime.inprocess import stage_name
-from autopar.runtime.ray_backend.nodes import Nodes, resource
-from autopar.runtime.ray_backend.shipment import shipments
+from autopar.runtime.inprocess import stage_memory, stage_name
+from autopar.runtime.ray_backend.nodes import Nodes
+from autopar.runtime.ray_backend.shipment import Shipment, shipments
 from autopar.runtime.ray_backend.worker import Answer, Setting, StageWorker
 
 Array = Any
-GRACE = 10.0
+Call = Any
+"""A `ray.ObjectRef`: a call on a worker, perhaps still under way."""
+
+GRACE = 5.0
 """Seconds in which all workers have said why they stopped, once one has failed."""
 
 START = 120.0
@@ -35,7 +42,11 @@ AHEAD = 8
 
 
 class RaySession:
-    """A program on worker processes; see `backend.Session`."""
+    """A program on worker processes; see `backend.Session`.
+
+    Attributes:
+        pids: process ids of the workers. compile_seconds: that each took.
+    """
 
     local = False
 
@@ -46,74 +57,88 @@ class RaySession:
         traced: Any,
         nodes: Nodes,
         platform: str,
-        host: str,
         timeout: float,
+        cache: str | None,
     ):
         self.plan, self.program, self._nodes, self._ray = plan, program, nodes, nodes.ray
-        self._cache = tempfile.mkdtemp(prefix="autopar-")
+        self._timeout, self._temporary = timeout, None if cache or not nodes.emulated else _folder()
         self._workers: list[Any] = []
-        self._steps, self._pending = 0, list[list[Any]]()
+        self.pids: list[int] = []
+        self._steps, self._pending = 0, list[list[Call]]()
         self._failure: StageFailed | None = None
+        self._closed = False
         atexit.register(self.close)
         try:
-            self._start(platform, host, timeout)
-            self._ship(traced, platform)
+            self._start(traced, platform, cache or self._temporary)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, platform: str, host: str, timeout: float) -> None:
+    # starting: nodes start while segments are exported, and workers compile while others' are
+
+    def _start(self, traced: Any, platform: str, cache: str | None) -> None:
+        ready, calls = list[Shipment](), list[Call]()
+        for shipment in shipments(self.plan, self.program, traced, [platform]):
+            ready.append(shipment)
+            if self._workers or self._nodes.ready():
+                calls += self._ship(ready, platform, cache)
+        calls += self._ship(ready, platform, cache)
+        answers = [self._started(s, w.address.remote()) for s, w in enumerate(self._workers)]
+        self.pids = [pid for _, pid in answers]
+        addresses = [address for address, _ in answers]
+        self.compile_seconds: list[float] = self._settle(calls, None)
+        self._all([w.connect.remote(addresses) for w in self._workers])
+
+    def _ship(self, ready: list[Shipment], platform: str, cache: str | None) -> list[Call]:
+        if not self._workers:
+            self._nodes.connect()
+            self._create(platform, cache)
+        calls = [self._workers[shipment.worker.stage].setup.remote(shipment) for shipment in ready]
+        ready.clear()
+        return calls
+
+    def _create(self, platform: str, cache: str | None) -> None:
         secret, actor = secrets.token_bytes(32), self._ray.remote(StageWorker)
         for s, stage in enumerate(self.plan.stages):
-            setting = Setting(s, stage.mesh.size, platform, secret, host, timeout, self._cache)
-            gpus = stage.mesh.size if platform == "cuda" else 0
-            options = {
-                "num_cpus": 0,
-                "num_gpus": gpus,
-                "resources": {resource(stage.mesh.device.name): stage.mesh.size},
-            }
-            self._workers.append(actor.options(max_restarts=0, **options).remote(setting))
-        answers = self._get([w.address.remote() for w in self._workers], START)
-        self._addresses = [(host_, port) for host_, port, _, _ in answers]
-        self.pids = [pid for *_, pid in answers]
-        for s, (*_, devices, _) in enumerate(answers):
-            if devices < self.plan.stages[s].mesh.size:
-                raise BackendError(
-                    f"stage {s} needs {self.plan.stages[s].mesh.size} devices, its worker has {devices}"
-                )
+            devices = stage.mesh.size
+            setting = Setting(s, devices, platform, secret, self._timeout, cache)
+            options = actor.options(
+                max_restarts=0,
+                num_cpus=0,
+                num_gpus=devices if platform == "cuda" else 0,
+                resources={stage.mesh.device.name: devices},
+            )
+            self._workers.append(options.remote(setting))
 
-    def _ship(self, traced: Any, platform: str) -> None:
-        found = shipments(self.plan, self.program, traced, [platform])
-        calls = [w.setup.remote(each, self._addresses) for w, each in zip(self._workers, found, strict=True)]
-        self.compile_seconds = self._get(calls, None)
+    def _started(self, stage: int, call: Call) -> tuple[tuple[str, int], int]:
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(call, timeout=START)
+        except errors.GetTimeoutError:
+            raise BackendError(
+                f"the worker of stage {stage} did not start within {START:g} s; are its devices taken by "
+                f"others? Free now: {self._ray.available_resources()}"
+            ) from None
+        except errors.RayError as error:
+            raise BackendError(f"the worker of stage {stage} did not start: {_brief(error)}") from None
 
     # the session protocol
 
     def load(self, stage: int, arrays: Mapping[Buffer, Array], donate: bool = False) -> None:
         self._check()
-        self._get([self._workers[stage].load.remote({b: _host(x) for b, x in arrays.items()})], None)
+        self._watch(stage, self._workers[stage].load.remote({b: _host(x) for b, x in arrays.items()}))
 
     def step(self, feeds: Sequence[Mapping[Buffer, Array]]) -> None:
         self._check()
-        self._steps += 1
-        calls = [
-            w.step.remote(self._steps, {b: _host(x) for b, x in feed.items()})
-            for w, feed in zip(self._workers, feeds, strict=True)
-        ]
-        self._pending.append(calls)
+        self._pending.append(self._call_step(feeds))
         if len(self._pending) > AHEAD:
-            self._settle(self._pending.pop(0))
+            self._all(self._pending.pop(0))
 
     def measure(self, feeds: Sequence[Mapping[Buffer, Array]]) -> Timeline:
         self._finish()
-        self._steps += 1
-        calls = [
-            w.step.remote(self._steps, {b: _host(x) for b, x in feed.items()}, True)
-            for w, feed in zip(self._workers, feeds, strict=True)
-        ]
-        events = [event for answer in self._settle(calls) for event in answer.events]
-        events.sort(key=lambda event: event.start)
-        return Timeline(tuple(events), tuple(map(stage_name, range(len(self._workers)), self.plan.stages)))
+        answers = self._all(self._call_step(feeds, time.time()))
+        events = sorted((event for found in answers for event in found), key=lambda event: event.start)
+        return Timeline(tuple(events), tuple(map(stage_name, range(len(answers)), self.plan.stages)))
 
     def fetcher(self, stage: int, buffers: Sequence[Buffer]) -> Callable[[], Callable[[], Sequence[Array]]]:
         wanted = list(buffers)
@@ -121,16 +146,9 @@ class RaySession:
             return lambda: list
 
         def start() -> Callable[[], Sequence[Array]]:
+            self._check()
             call = self._workers[stage].fetch.remote(wanted)
-
-            def wait() -> Sequence[Array]:
-                answer = self._one(call)
-                if isinstance(answer, Answer):
-                    self._finish()
-                    raise self._blame({stage: answer})
-                return answer
-
-            return wait
+            return lambda: self._watch(stage, call)
 
         return start
 
@@ -138,125 +156,145 @@ class RaySession:
         """Nothing to do: workers compile when they are shipped to."""
 
     def hlo(self) -> dict[str, str]:
-        self._finish()
-        return {
-            name: text
-            for each in self._get([w.hlo.remote() for w in self._workers], None)
-            for name, text in each.items()
-        }
+        texts = self._ask(lambda worker: worker.hlo)
+        return {name: text for each in texts for name, text in each.items()}
 
     def compiled_memory(self) -> tuple[StageMemory, ...]:
-        self._finish()
-        rows: list[StageMemory] = []
-        for stage, found in zip(
-            self.plan.stages, self._get([w.compiled.remote() for w in self._workers], None)
-        ):
-            memory = stage.memory
-            each = [StageMemory(*sizes, name, memory.peak, memory.limit) for name, sizes in found.items()]
-            rows.append(
-                max(
-                    each,
-                    key=lambda row: row.peak,
-                    default=StageMemory(0, 0, 0, 0, "", memory.peak, memory.limit),
-                )
-            )
-        return tuple(rows)
+        return tuple(map(stage_memory, self.plan.stages, self._ask(lambda worker: worker.sizes)))
 
     def memory(self) -> tuple[int, ...]:
-        self._finish()
-        return tuple(held for held, _ in self._get([w.memory.remote() for w in self._workers], None))
+        return tuple(held for held, _ in self._ask(lambda worker: worker.memory))
 
     def resident(self) -> tuple[int, ...]:
         """Returns the resident bytes of every worker process."""
-        self._finish()
-        return tuple(size for _, size in self._get([w.memory.remote() for w in self._workers], None))
+        return tuple(size for _, size in self._ask(lambda worker: worker.memory))
 
     def close(self) -> None:
         atexit.unregister(self.close)
+        workers, self._workers = self._workers, []
         with contextlib.suppress(Exception):
-            self._ray.get([w.close.remote() for w in self._workers], timeout=2)
-        for worker in self._workers:
+            self._ray.get([w.close.remote() for w in workers], timeout=2)
+        for worker in workers:
             with contextlib.suppress(Exception):
                 self._ray.kill(worker)
-        self._workers = []
+        if self._nodes.emulated:
+            for pid in self.pids:  # one that hangs does not hear Ray
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
         self._nodes.close()
-        shutil.rmtree(self._cache, ignore_errors=True)
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        self._closed = True
 
-    # failures
+    # calls
 
-    def _get(self, calls: Sequence[Any], seconds: float | None) -> list[Any]:
-        """The results of calls that don't step; a worker that dies in one is a failed stage."""
-        try:
-            return self._ray.get(list(calls), timeout=seconds)
-        except self._ray.exceptions.GetTimeoutError:
-            raise BackendError(
-                f"the workers did not start within {seconds:g} s; is the cluster busy? It offers "
-                f"{self._ray.available_resources()}"
-            ) from None
-        except self._ray.exceptions.RayActorError:
-            answers = {s: self._answer(call, GRACE) for s, call in enumerate(calls)}
-            raise self._blame({s: a for s, a in answers.items() if isinstance(a, Answer)}) from None
+    def _call_step(self, feeds: Sequence[Mapping[Buffer, Array]], start: float | None = None) -> list[Call]:
+        self._steps += 1
+        return [
+            worker.step.remote(self._steps, {b: _host(x) for b, x in feed.items()}, start)
+            for worker, feed in zip(self._workers, feeds, strict=True)
+        ]
 
-    def _one(self, call: Any) -> Any:
-        return self._answer(call, None)
+    def _ask(self, method: Callable[[Any], Any]) -> list[Any]:
+        """What a method of every worker gives, once no step is under way."""
+        self._finish()
+        return self._all([method(worker).remote() for worker in self._workers])
 
-    def _answer(self, call: Any, seconds: float | None) -> Any:
-        """The result of one call; a dead or silent worker is an Answer that says so."""
-        try:
-            return self._ray.get(call, timeout=seconds)
-        except self._ray.exceptions.RayActorError as error:
-            return Answer(f"its process died ({_first_line(error)})")
-        except self._ray.exceptions.GetTimeoutError:
-            return Answer(f"it did not answer within {seconds:g} s", peer=True)
+    def _all(self, calls: Sequence[Call]) -> list[Any]:
+        return self._settle(calls, self._timeout + GRACE)
 
-    def _settle(self, calls: list[Any]) -> list[Answer]:
-        """Waits for one step of all workers. Raises StageFailed, naming the stage that failed first."""
-        answers: dict[int, Answer] = {}
-        left, seconds = {call: s for s, call in enumerate(calls)}, None
+    def _watch(self, stage: int, call: Call) -> Any:
+        """What one call gives. It waits for the steps before it too: one of their failures comes first."""
+        self._check()
+        watched = [step for calls in self._pending for step in calls]
+        while True:
+            done, _ = self._ray.wait([call, *watched], timeout=self._timeout + GRACE)
+            if call in done or not done:
+                answer = self._answer(call) if done else _silent(self._timeout + GRACE)
+                if answer.error is None:
+                    return answer.value
+                self._finish()
+                raise self._blame({stage: answer})
+            watched.remove(done[0])
+            if self._answer(done[0]).error is not None:
+                self._finish()
+
+    def _settle(self, calls: Sequence[Call], seconds: float | None) -> list[Any]:
+        """What one call on every worker gives.
+
+        Args:
+            seconds: how long none of them may finish; None: any time.
+
+        Raises:
+            StageFailed: names the stage that failed first.
+        """
+        left, answers = {call: s for s, call in enumerate(calls)}, dict[int, Answer]()
         while left:
-            done, _ = self._ray.wait(list(left), num_returns=1, timeout=seconds)
+            done, _ = self._ray.wait(list(left), timeout=seconds)
             if not done:
-                answers |= {
-                    s: Answer(f"it did not answer within {GRACE:g} s", peer=True) for s in left.values()
-                }
+                answers |= {s: _silent(seconds) for s in left.values()}
                 break
             stage = left.pop(done[0])
-            answers[stage] = self._answer(done[0], None)
+            answers[stage] = self._answer(done[0])
             if answers[stage].error is not None:
                 seconds = GRACE
-        if any(a.error is not None for a in answers.values()):
-            self._pending.clear()
+        if any(answer.error is not None for answer in answers.values()):
             raise self._blame(answers)
-        return [answers[s] for s in range(len(calls))]
+        return [answers[s].value for s in range(len(calls))]
 
-    def _blame(self, answers: Mapping[int, Answer]) -> StageFailed:
-        """The failure of the stage that failed by itself, not because a peer had."""
-        failed = {s: a for s, a in answers.items() if a.error is not None}
-        own = {s: a for s, a in failed.items() if not a.peer} or failed
-        stage, answer = next(iter(own.items()))
-        node = ", ".join(self.plan.stages[stage].nodes)
-        self._failure = StageFailed(stage, node, answer.error or "for an unknown reason")
-        return self._failure
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise StageFailed(
-                self._failure.stage, self._failure.node, f"{self._failure.cause}, in an earlier step"
-            )
+    def _answer(self, call: Call) -> Answer:
+        """What became of a finished call."""
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(call)
+        except errors.RayActorError as error:
+            return Answer(error=f"its process died ({_brief(error).partition(' … ')[0]})")
+        except errors.RayError as error:
+            return Answer(error=_brief(error))
 
     def _finish(self) -> None:
         """Waits for every step under way."""
         self._check()
         while self._pending:
-            self._settle(self._pending.pop(0))
+            self._all(self._pending.pop(0))
+
+    # failures
+
+    def _blame(self, answers: Mapping[int, Answer]) -> StageFailed:
+        """The failure of the stage that failed by itself, or fell silent, not because a peer had."""
+        failed = {s: answer for s, answer in answers.items() if answer.error is not None}
+        stage = min(failed, key=lambda s: (failed[s].peer, not failed[s].silent, s))
+        self._failure = StageFailed(stage, self._node(stage), failed[stage].error or "")
+        self._pending.clear()
+        return self._failure
+
+    def _node(self, stage: int) -> str:
+        return ", ".join(self.plan.stages[stage].nodes)
+
+    def _check(self) -> None:
+        if self._closed:
+            raise BackendError("the session is closed; what it held is gone")
+        if self._failure is not None:
+            cause = f"{self._failure.cause}, in an earlier step; close it, and start again from a checkpoint"
+            raise StageFailed(self._failure.stage, self._failure.node, cause)
+
+
+def _folder() -> str:
+    return tempfile.mkdtemp(prefix="autopar-")
+
+
+def _silent(seconds: float | None) -> Answer:
+    return Answer(error=f"it did not answer within {seconds:g} s", peer=True, silent=True)
 
 
 def _host(x: Array) -> Array:
-    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    """The array as numpy keeps it; of a typed PRNG key its data."""
+    if isinstance(x, jax.Array) and layout.is_key(x.dtype):
         return np.asarray(jax.random.key_data(x))
     return np.asarray(x)
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__
+def _brief(error: Exception) -> str:
+    """The first line and, of a traceback, the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " … ".join(dict.fromkeys((lines[0][:200], lines[-1][:200])))

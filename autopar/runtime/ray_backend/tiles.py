@@ -1,14 +1,14 @@
 """Which parts of a tensor travel from one mesh to another: boxes of indices, no arrays, no devices.
 
 A *box* is (start, stop) per dim. A *tile* is the box that one or several devices of a mesh hold. Every
-distinct tile of
-the destination is put together from the source's tiles; where several source devices hold the same
-tile, the one that
-has sent least so far sends it (Zhuang et al. 2023, "On optimizing the communication of model parallelism").
+distinct tile of the destination is put together from the source's tiles; where several source devices hold
+the same tile, the one that has sent least so far sends it (Zhuang et al. 2023, "On optimizing the
+communication of model parallelism").
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -47,12 +47,14 @@ class Route:
     holders: tuple[tuple[int, ...], ...]
 
 
+def extent(box: Box) -> tuple[int, ...]:
+    """Returns the shape of a box."""
+    return tuple(max(0, stop - start) for start, stop in box)
+
+
 def size(box: Box) -> int:
     """Returns the number of elements in a box."""
-    count = 1
-    for start, stop in box:
-        count *= max(0, stop - start)
-    return count
+    return math.prod(extent(box))
 
 
 def meet(a: Box, b: Box) -> Box:
@@ -64,8 +66,8 @@ def route(source: Sequence[Box], target: Sequence[Box]) -> Route:
     """Returns what travels.
 
     Args:
-        source, target: per device, in mesh order, the box it holds. Together the source's boxes
-            cover the tensor.
+        source, target: per device, in mesh order, the box it holds. The source's boxes cover the tensor;
+            two of them are equal or disjoint.
     """
     holders: dict[Box, list[int]] = {}
     for position, box in enumerate(source):
@@ -78,7 +80,7 @@ def route(source: Sequence[Box], target: Sequence[Box]) -> Route:
     for index, box in enumerate(wanted):
         for tile, devices in holders.items():
             common = meet(tile, box)
-            if size(common) or (not size(box) and tile == box):
+            if size(common):
                 sender = min(devices, key=lambda d: sent[d])
                 sent[sender] += size(common)
                 pieces.append(Piece(common, sender, tile, index))
@@ -88,8 +90,3 @@ def route(source: Sequence[Box], target: Sequence[Box]) -> Route:
 def inside(box: Box, tile: Box) -> tuple[slice, ...]:
     """Returns the slices that cut `box` out of an array that holds `tile`."""
     return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, tile, strict=True))
-
-
-def boxes(shape: tuple[int, ...], indices: Sequence[tuple[slice, ...]]) -> tuple[Box, ...]:
-    """Returns boxes of JAX's index tuples (`sharding.devices_indices_map(shape).values()`)."""
-    return tuple(tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)) for index in indices)

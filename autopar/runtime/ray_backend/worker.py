@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from autopar.core.program import Buffer
 from autopar.core.timeline import Event
+
+if TYPE_CHECKING:
+    from autopar.runtime.inprocess import Sizes
+    from autopar.runtime.ray_backend.shipment import Shipment
 
 Array = Any
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker returns for a step: nothing, or why it failed. peer: because another worker did."""
+    """What became of a call.
 
+    Attributes:
+        value: what it returned.
+        error: why it failed, in words. peer: because another worker did. silent: there was no answer.
+    """
+
+    value: Any = None
     error: str | None = None
     peer: bool = False
-    events: tuple[Event, ...] = ()
+    silent: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,71 +39,133 @@ class Setting:
 
     Attributes:
         devices: how many it has; on a CPU they are emulated.
-        platform: "cpu" or "cuda". secret: of the session. host: where its mailbox listens.
+        platform: "cpu" or "cuda". secret: of the session.
         timeout: seconds a receive waits. cache: folder of compiled programs that the workers share.
     """
 
     stage: int
     devices: int
     platform: str
-    secret: bytes
-    host: str
+    secret: bytes = field(repr=False)
     timeout: float
-    cache: str
+    cache: str | None
 
 
 class StageWorker:
-    """A Ray actor. Its methods run one after another."""
+    """A Ray actor. Its methods run one after another, and return an `Answer` rather than raise."""
 
     def __init__(self, setting: Setting):
         if setting.platform == "cpu":
             os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={setting.devices}"
         import jax
+        import ray
 
         jax.config.update("jax_platforms", setting.platform)
-        jax.config.update("jax_compilation_cache_dir", setting.cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        if setting.cache is not None:
+            jax.config.update("jax_compilation_cache_dir", setting.cache)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+            jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         from autopar.runtime.ray_backend.mailbox import Mailbox
 
-        self._setting, self._devices = setting, jax.devices()[: setting.devices]
-        self._mailbox = Mailbox(setting.host, f"stage {setting.stage}", setting.secret)
+        found = jax.devices()
+        if len(found) < setting.devices:
+            raise RuntimeError(f"{setting.devices} devices are needed, the worker sees {len(found)}")
+        self._setting, self._devices = setting, found[: setting.devices]
+        host = ray.util.get_node_ip_address()
+        self._mailbox = Mailbox(host, f"stage {setting.stage}", setting.secret)
+        self._peers: list[tuple[str, int]] = []
         self._failed: Answer | None = None
 
-    def address(self) -> tuple[str, int, int, int]:
-        """Returns (host, port) of the mailbox, the number of devices, and the process id."""
-        return (*self._mailbox.address, len(self._devices), os.getpid())
+    def address(self) -> tuple[tuple[str, int], int]:
+        """Returns host and port of the mailbox, and the process id."""
+        return self._mailbox.address, os.getpid()
 
-    def setup(self, shipment: Any, addresses: Sequence[tuple[str, int]]) -> float:
-        """Compiles the shipment; returns the seconds that took."""
+    def setup(self, shipment: Shipment) -> Answer:
+        """Compiles the shipment; gives the seconds that took."""
+        return self._try(lambda: self._setup(shipment))
+
+    def connect(self, addresses: Sequence[tuple[str, int]]) -> Answer:
+        """Tells where all stages' mailboxes are."""
+        self._peers = [a for s, a in enumerate(addresses) if s != self._setting.stage]
+        self._transport.addresses = addresses
+        return Answer()
+
+    def load(self, arrays: Mapping[Buffer, Array]) -> Answer:
+        """Puts arrays (numpy; of a typed PRNG key its data) into buffers."""
+        return self._try(lambda: self._load(arrays))
+
+    def step(self, number: int, feeds: Mapping[Buffer, Array], start: float | None = None) -> Answer:
+        """Runs one step. start: `time.time()` from which its events are to be measured; gives them."""
+        return self._try(lambda: self._step(number, feeds, start))
+
+    def fetch(self, buffers: Sequence[Buffer]) -> Answer:
+        """Gives whole numpy arrays (of a typed PRNG key its data)."""
+        return self._try(lambda: [_host(x) for x in self._interpreter.fetch(buffers)])
+
+    def hlo(self) -> Answer:
+        """Gives segment → compiled text."""
+        return self._try(lambda: {name: f.as_text() for name, f in self._functions.items()})
+
+    def sizes(self) -> Answer:
+        """Gives segment → the compiler's bytes."""
+        return self._try(self._sizes)
+
+    def memory(self) -> Answer:
+        """Gives (bytes held on the fullest device, resident bytes of this process)."""
+        return self._try(self._memory)
+
+    def close(self) -> None:
+        """Says goodbye to the peers."""
+        self._mailbox.close()
+
+    # inside
+
+    def _try(self, call: Callable[[], Any]) -> Answer:
+        """What a call returns or why it failed; a failure is told to the peers, and is every later answer."""
+        from autopar.runtime.ray_backend.mailbox import PeerFailed
+
+        if self._failed is not None:
+            return self._failed
+        try:
+            return Answer(call())
+        except PeerFailed as error:
+            self._failed = Answer(error=str(error), peer=True)
+        except Exception as error:
+            self._failed = Answer(error=self._words(error))
+        self._mailbox.abort(self._peers, self._failed.error or "")
+        if hasattr(self, "_interpreter"):
+            self._interpreter.clear()
+        return self._failed
+
+    def _words(self, error: Exception) -> str:
+        said = f"{type(error).__name__}: {str(error)[:500]}"
+        if not hasattr(self, "_interpreter"):
+            return said
+        at, instructions = self._interpreter.at, self._interpreter.worker.instructions
+        return f"{said} at {str(instructions[at])[:120]}" if at < len(instructions) else said
+
+    def _setup(self, shipment: Shipment) -> float:
         from autopar.runtime import layout
         from autopar.runtime.interpreter import Interpreter
         from autopar.runtime.ray_backend.shipment import load
         from autopar.runtime.ray_backend.transport import TileTransport
 
-        start, stage = time.perf_counter(), self._setting.stage
-        self._jmesh = layout.jax_mesh(shipment.meshes[stage], self._devices)
-        self._slots, self._peers = shipment.slots[stage], [a for s, a in enumerate(addresses) if s != stage]
+        begun, stage = time.perf_counter(), self._setting.stage
+        self._slots, meshes = shipment.slots[stage], shipment.meshes
+        self._jmesh = layout.jax_mesh(meshes[stage], self._devices)
         self._functions = {blob.name: load(blob, self._jmesh) for blob in shipment.blobs}
         self._transport = TileTransport(
-            stage,
-            shipment.meshes,
-            shipment.slots,
-            self._jmesh,
-            self._mailbox,
-            addresses,
-            self._setting.timeout,
+            stage, meshes, shipment.slots, self._jmesh, self._mailbox, self._setting.timeout
         )
         self._interpreter = Interpreter(shipment.worker, self._functions, self._transport, self._sharding)
-        return time.perf_counter() - start
+        return time.perf_counter() - begun
 
     def _sharding(self, buffer: Buffer) -> Any:
         from autopar.runtime import layout
 
         return layout.slot_sharding(self._jmesh, self._slots[buffer.value])
 
-    def load(self, arrays: Mapping[Buffer, Array]) -> None:
-        """Puts arrays (numpy; of a typed PRNG key its data) into buffers."""
+    def _load(self, arrays: Mapping[Buffer, Array]) -> None:
         self._interpreter.load({b: self._place(b, x) for b, x in arrays.items()})
 
     def _place(self, buffer: Buffer, x: Array) -> Array:
@@ -102,80 +174,45 @@ class StageWorker:
         import numpy as np
 
         from autopar.runtime import layout
+        from autopar.runtime.ray_backend.transport import wrap_key
 
         dtype = layout.as_dtype(self._slots[buffer.value].dtype)
-        if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-            return jax.device_put(
-                jax.random.wrap_key_data(np.array(x), impl=dtype._impl.name), self._sharding(buffer)
-            )
+        if layout.is_key(dtype):
+            return jax.device_put(wrap_key(np.array(x), dtype), self._sharding(buffer))
         return jax.device_put(np.array(x, dtype), self._sharding(buffer), may_alias=False)
 
-    def step(self, number: int, feeds: Mapping[Buffer, Array], measured: bool = False) -> Answer:
-        """Runs one step; whatever goes wrong is told to the peers and returned."""
-        if self._failed is not None:
-            return self._failed
-        from autopar.runtime.ray_backend.mailbox import PeerFailed
-
-        try:
-            self.load(feeds)
-            self._transport.step = number
-            if measured:
-                return Answer(events=tuple(self._interpreter.measure(time.perf_counter())))
-            self._interpreter.start()
-            self._interpreter.advance()
-            return Answer()
-        except PeerFailed as error:
-            self._failed = Answer(str(error), peer=True)
-        except Exception as error:
-            self._failed = Answer(self._words(error))
-        self._mailbox.abort(self._peers, self._failed.error or "")
-        self._interpreter.clear()
-        return self._failed
-
-    def _words(self, error: Exception) -> str:
-        at = self._interpreter.at
-        instructions = self._interpreter.worker.instructions
-        where = f" at {str(instructions[at])[:120]}" if at < len(instructions) else ""
-        return f"{type(error).__name__}: {str(error)[:500]}{where}"
-
-    def fetch(self, buffers: Sequence[Buffer]) -> list[Array] | Answer:
-        """Returns whole numpy arrays (of a typed PRNG key its data), or why there are none."""
+    def _step(self, number: int, feeds: Mapping[Buffer, Array], start: float | None) -> tuple[Event, ...]:
         import jax
-        import numpy as np
 
-        if self._failed is not None:
-            return self._failed
-        arrays = self._interpreter.fetch(buffers)
-        keys = [jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in arrays]
-        return [np.asarray(jax.random.key_data(x) if k else x) for x, k in zip(arrays, keys)]
+        self._load(feeds)
+        self._transport.step = number
+        if start is not None:
+            jax.block_until_ready(self._interpreter.live())
+            passed = time.time() - start  # processes share no clock but the wall's
+            return tuple(self._interpreter.measure(time.perf_counter() - passed))
+        self._interpreter.start()
+        done = self._interpreter.advance()
+        assert done, "a transport that waits"
+        return ()
 
-    def hlo(self) -> dict[str, str]:
-        return {name: f.as_text() for name, f in self._functions.items()}
+    def _sizes(self) -> dict[str, Sizes]:
+        from autopar.runtime.inprocess import sizes
 
-    def compiled(self) -> dict[str, tuple[int, int, int, int]]:
-        """Returns per segment the compiler's (arguments, outputs, temporary, aliased) bytes."""
-        found: dict[str, tuple[int, int, int, int]] = {}
-        for name, f in self._functions.items():
-            m = f.memory_analysis()
-            sizes = (
-                m.argument_size_in_bytes,
-                m.output_size_in_bytes,
-                m.temp_size_in_bytes,
-                m.alias_size_in_bytes,
-            )
-            found[name] = sizes
-        return found
+        return {name: sizes(f) for name, f in self._functions.items()}
 
-    def memory(self) -> tuple[int, int]:
-        """Returns (bytes held on the fullest device, resident bytes of this process)."""
-        held: dict[Any, int] = {}
-        for x in self._interpreter.live():
-            for shard in x.addressable_shards:
-                held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    def _memory(self) -> tuple[int, int]:
+        from autopar.runtime.inprocess import fullest
+
         with open("/proc/self/statm", encoding="ascii") as file:
             resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        return max(held.values(), default=0), resident
+        return fullest(self._interpreter.live()), resident
 
-    def close(self) -> None:
-        """Says goodbye to the peers."""
-        self._mailbox.close()
+
+def _host(x: Array) -> Array:
+    """The array as numpy keeps it; of a typed PRNG key its data."""
+    import jax
+    import numpy as np
+
+    from autopar.runtime import layout
+
+    return np.asarray(jax.random.key_data(x) if layout.is_key(x.dtype) else x)
