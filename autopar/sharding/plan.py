@@ -107,8 +107,14 @@ def offers(
     """
     region = extract(graph, equations)
     plain = replace(region, ids=(), indices=(), values=tuple(replace(v, name="") for v in region.values))
-    found = _offers(_Keyed(region_key(region), plain), mesh, _canonical(options, region), tuple(prices))
-    return tuple(relabel(each, region) for each in found)
+    keyed, canonical = _Keyed(region_key(region), plain), _canonical(options, region)
+    found = [_priced(keyed, mesh, canonical, price) for price in sorted({*prices})]
+    found.sort(key=lambda p: (step_seconds(p, region.microbatches), p.memory.peak))
+    front: list[ShardingPlan] = []
+    for each in found:
+        if not front or each.memory.peak < front[-1].memory.peak:
+            front.append(each)
+    return tuple(relabel(each, region) for each in front)
 
 
 @dataclass(frozen=True)
@@ -126,17 +132,13 @@ class _Keyed:
 
 
 @functools.lru_cache(maxsize=4096)
-def _offers(
-    keyed: _Keyed, mesh: Mesh, options: Options, prices: tuple[float, ...]
-) -> tuple[ShardingPlan, ...]:
-    setting = prepare(keyed.region, mesh, options)
-    found = [_solve(setting, price, limited=options.limit is not None) for price in sorted({*prices})]
-    found.sort(key=lambda p: (step_seconds(p, keyed.region.microbatches), p.memory.peak))
-    front: list[ShardingPlan] = []
-    for each in found:
-        if not front or each.memory.peak < front[-1].memory.peak:
-            front.append(each)
-    return tuple(front)
+def _priced(keyed: _Keyed, mesh: Mesh, options: Options, price: float) -> ShardingPlan:
+    return _solve(_prepared(keyed, mesh, options), price, limited=options.limit is not None)
+
+
+@functools.lru_cache(maxsize=16)  # these are big; one is needed again only for other prices
+def _prepared(keyed: _Keyed, mesh: Mesh, options: Options) -> Setting:
+    return prepare(keyed.region, mesh, options)
 
 
 def step_seconds(plan: ShardingPlan, microbatches: int) -> float:

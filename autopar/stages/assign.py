@@ -14,7 +14,9 @@ from autopar.stages.phases import complete_phases
 from autopar.stages.update import apply_layers
 
 
-def assign(graph: Graph, marked: tuple[bool, ...] | None = None, layers: int | None = None) -> Graph:
+def assign(
+    graph: Graph, marked: tuple[bool, ...] | None = None, layers: int | None = None, least: int = 1
+) -> Graph:
     """Returns the graph with every equation's phase and layer completed.
 
     A layer of None in the result means: computed wherever it is used (a mask, a cast of a parameter, a
@@ -26,7 +28,8 @@ def assign(graph: Graph, marked: tuple[bool, ...] | None = None, layers: int | N
         graph: equations with the layers that names gave (None: unknown).
         marked: per equation, whether its phase is known; None: all are.
         layers: how many layers to make by cost where no equation has one; None: about one per two
-            contractions, at most 16. Ignored where names gave layers.
+            contractions, at most 16, but `least` at least. Ignored where names gave layers.
+        least: so many stages will be asked for.
 
     Raises:
         BadInput: marks of another length, or fewer than one layer asked for.
@@ -39,7 +42,7 @@ def assign(graph: Graph, marked: tuple[bool, ...] | None = None, layers: int | N
     if marked is not None:
         complete_phases(draft, marked)
     if not graph.layers or all(e.layer is None for e in graph.equations):
-        draft.graph = replace(graph, layers=cluster_layers(draft, layers))
+        draft.graph = replace(graph, layers=cluster_layers(draft, layers, least))
     forward_layers(draft)
     backward_layers(draft)
     shared_sums(draft)

@@ -16,7 +16,7 @@ SLACK = (1.25, 1.5, 2.0, 4.0, float("inf"))
 """How far above the mean a group's cost may lie; the first that allows a cut is used (Alpa uses 1.5)."""
 
 
-def cluster_layers(draft: Draft, layers: int | None) -> tuple[str, ...]:
+def cluster_layers(draft: Draft, layers: int | None, least: int = 1) -> tuple[str, ...]:
     """Sets the layer of the forward's equations that mix examples and parameters; returns the layers' names.
 
     The equations in order are cut at the cheapest place between two neighbouring contractions: into so many
@@ -26,13 +26,13 @@ def cluster_layers(draft: Draft, layers: int | None) -> tuple[str, ...]:
 
     Args:
         draft: phases are complete.
-        layers: how many groups; None: one per two contractions, at most 16.
+        layers: how many groups; None: one per two contractions, at most 16, at least `least`.
     """
     real = [i for i in draft.of_phase(Phase.FORWARD) if is_real(draft, i) and _varies(draft, i)]
     if not real:
         return ()
     heavy = [k for k, i in enumerate(real) if draft.graph.equations[i].kind in HEAVY]
-    wanted = layers or max(1, min(MOST, len(heavy) // 2))
+    wanted = layers or max(least, min(MOST, len(heavy) // 2))
     crossing, places = _crossing(draft, real), _places(len(real), heavy)
     cuts = [0, *(min(place, key=lambda p: (crossing[p], -p)) for place in places), len(real)]
     costs = np.add.reduceat([_cost(draft, i) for i in real], cuts[:-1])

@@ -50,9 +50,18 @@ def find_layer_scans(flat: Flat, rules: Rules, batch_inputs: Sequence[int] = ())
         rules: gives factor rules.
         batch_inputs: positions of the inputs that are no parameters.
     """
+    if not _has_scan(flat):
+        return None  # without asking for rules of all that leads to none
     held: dict[int, float] = defaultdict(float)
     _count(flat, rules, {v for i, v in enumerate(flat.inputs) if i not in batch_inputs}, held)
     return max(held, key=lambda n: held[n], default=None)
+
+
+def _has_scan(flat: Flat) -> bool:
+    return any(
+        _has_scan(function_of(e)) if e.primitive is GRAD else compat.scan_of(e) is not None
+        for e in flat.equations
+    )
 
 
 def _count(flat: Flat, rules: Rules, parameters: set[Var], held: dict[int, float]) -> None:
