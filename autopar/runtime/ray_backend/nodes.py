@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 import warnings
 from collections import Counter
@@ -18,6 +19,9 @@ from typing import Any
 from autopar.core.errors import BackendError
 from autopar.core.plan import Plan
 from autopar.runtime.ray_backend.emulated import LOOPBACK, Emulated
+
+CONNECT = 5.0
+"""Seconds in which a cluster's address is reached."""
 
 SETTLE = 2.0
 """Seconds after which devices that a closed session had are free again."""
@@ -90,6 +94,11 @@ class Nodes:
                 address = _SHARED.emulated.address()
             if not self.ray.is_initialized():
                 self._init(address)
+            elif self._address not in (None, "auto", here := self.ray.get_runtime_context().gcs_address):
+                raise BackendError(
+                    f"{self._address} is not the Ray cluster that this process is connected to ({here}); it "
+                    "can be connected to one only: call ray.shutdown() first"
+                )
             elif self._emulate and _SHARED.emulated is not None:
                 self._extend(_SHARED.emulated)
         except (OSError, RuntimeError, ValueError) as error:
@@ -101,6 +110,9 @@ class Nodes:
 
     def _init(self, address: str) -> None:
         emulated = _SHARED.emulated is not None
+        host, _, port = address.rpartition(":")
+        if host and port.isdecimal() and "://" not in host:
+            socket.create_connection((host, int(port)), CONNECT).close()  # Ray itself tries for minutes
         own = {"_node_ip_address": LOOPBACK} if emulated else {}
         with _quiet(), _loopback() if emulated else contextlib.nullcontext():
             self.ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)

@@ -77,7 +77,8 @@ class RaySession:
     # starting: nodes start while segments are exported, and workers compile while others' are
 
     def _start(self, traced: Any, platform: str, cache: str | None) -> None:
-        ready, calls = list[Shipment](), list[Call]()
+        ready = list[Shipment]()
+        calls = self._ship(ready, platform, cache) if self._nodes.ready() else []
         for shipment in shipments(self.plan, self.program, traced, [platform]):
             ready.append(shipment)
             if self._workers or self._nodes.ready():
@@ -172,11 +173,12 @@ class RaySession:
     def close(self) -> None:
         atexit.unregister(self.close)
         workers, self._workers = self._workers, []
-        with contextlib.suppress(Exception):
-            self._ray.get([w.close.remote() for w in workers], timeout=2)
-        for worker in workers:
+        if workers and self._ray.is_initialized():  # else Ray would start a cluster to ask
             with contextlib.suppress(Exception):
-                self._ray.kill(worker)
+                self._ray.get([worker.close.remote() for worker in workers], timeout=2)
+            for worker in workers:
+                with contextlib.suppress(Exception):
+                    self._ray.kill(worker)
         if self._nodes.emulated:
             for pid in self.pids:  # one that hangs does not hear Ray
                 with contextlib.suppress(OSError):
@@ -272,7 +274,7 @@ class RaySession:
         return ", ".join(self.plan.stages[stage].nodes)
 
     def _check(self) -> None:
-        if self._closed:
+        if self._closed or not self._ray.is_initialized():
             raise BackendError("the session is closed; what it held is gone")
         if self._failure is not None:
             cause = f"{self._failure.cause}, in an earlier step; close it, and start again from a checkpoint"
