@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from autopar import stages
@@ -11,7 +14,7 @@ from autopar.api.tracing import Tracer
 from autopar.cluster import Cluster, MeshChoice, shaped, submeshes
 from autopar.core import plan as nouns
 from autopar.core.errors import BadInput, DoesNotFit, MixedExamples, StalePlan
-from autopar.core.graph import Graph
+from autopar.core.graph import Graph, OpKind, Phase
 from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
 from autopar.core.spec import Spec
@@ -24,6 +27,15 @@ from autopar.stages.offers import Offer, replacements
 from autopar.trace.traced import Traced
 
 Say = Callable[[str], None]
+GAP = 1e-3
+"""How near to the optimum a stage's sharding has to be proven before the solver stops."""
+
+PRICE_GAP = 3e-3
+"""The same for the price of a layer, which only guides the choice of stages."""
+
+PATIENCE = 25.0
+"""Seconds after which no further number of micro-batches is tried."""
+
 Pins = Callable[[Graph, Mesh], tuple[tuple[int, Spec], ...]]
 
 
@@ -56,6 +68,8 @@ def make(tracer: Tracer, cluster: Cluster, method: Method, say: Say) -> Made:
 
 
 def _manual(tracer: Tracer, cluster: Cluster, plan: nouns.Plan) -> Made:
+    tracer.layer_scans = plan.layer_scans
+    tracer.layers = len(plan.layers)
     traced = tracer(plan.microbatches, plan.remat)
     if traced.fingerprint != plan.model:
         raise StalePlan(
@@ -76,6 +90,7 @@ def _one_stage(tracer: Tracer, cluster: Cluster, method: ShardParallel, say: Say
             f"{', '.join(cluster.kinds)}; use autopar.Auto(), which gives each kind stages of its own"
         )
     say("tracing")
+    tracer.layer_scans = method.remat  # whole they are planned once for all layers; only remat needs layers
     traced = tracer(method.micro_batches, method.remat)
     best: nouns.Plan | None = None
     refused: DoesNotFit | None = None
@@ -88,7 +103,7 @@ def _one_stage(tracer: Tracer, cluster: Cluster, method: ShardParallel, say: Say
         except DoesNotFit as error:
             refused = error
             continue
-        found = _timed(found, cluster, method.remat)
+        found = _timed(found, cluster, method.remat, tracer.layer_scans)
         if best is None or found.step_time < best.step_time:
             best = found
     if best is None:
@@ -126,7 +141,7 @@ def _exact(graph: Graph, fixed: tuple[tuple[int, Spec], ...] = ()) -> stages.Sha
     def shard(equations: tuple[int, ...], mesh: Mesh, in_flight: int) -> ShardingPlan:
         types = replacements(mesh.device, graph)
         options = ShardingOptions(
-            in_flight=in_flight, pinned=fixed, dtypes=types.dtypes, products=types.products
+            in_flight=in_flight, pinned=fixed, gap=GAP, dtypes=types.dtypes, products=types.products
         )
         return intra.plan(graph, equations, mesh, options)
 
@@ -140,48 +155,100 @@ def _exact(graph: Graph, fixed: tuple[tuple[int, Spec], ...] = ()) -> stages.Sha
 def _auto(tracer: Tracer, cluster: Cluster, method: Auto, say: Say) -> Made:
     """The best over micro-batch counts; recomputing as the method says, or where nothing fits without."""
     tracer.layers = method.layers
+    tracer.stages = method.stages or _least(method)
     if method.micro_batches is not None:
         return _fitting(tracer, cluster, method, method.micro_batches, say)
-    best: Made | None = None
-    refused: Exception | None = None
-    for micro in _candidates(tracer):
+    found: dict[int, Made | Exception] = {}
+    began = time.monotonic()
+    for micro in _candidates(tracer.batch(), 4 * len(cluster.nodes), found):
         try:
-            found = _fitting(tracer, cluster, method, micro, say)
+            found[micro] = _fitting(tracer, cluster, method, micro, say)
         except (DoesNotFit, MixedExamples) as error:
-            refused = refused or error
-            if isinstance(error, MixedExamples):
-                break
-            continue
-        if best is not None and found.plan.step_time > best.plan.step_time:
+            found[micro] = error
+        if time.monotonic() - began > PATIENCE and any(isinstance(x, Made) for x in found.values()):
             break
-        best = found
-    if best is None:
-        assert refused is not None
-        raise refused
-    return best
+    return _best(found)
 
 
-def _candidates(tracer: Tracer) -> Iterator[int]:
-    """Powers of two that divide the batch, upwards: the time falls with the bubble, then grows."""
-    batch, micro = tracer.batch(), 1
-    while micro <= batch and batch % micro == 0:
-        yield micro
-        micro *= 2
+def _best(found: dict[int, Made | Exception]) -> Made:
+    made = {micro: x for micro, x in found.items() if isinstance(x, Made)}
+    if not made:
+        errors = [x for x in found.values() if isinstance(x, Exception)]
+        short = [x for x in errors if isinstance(x, DoesNotFit)]
+        raise min(short, key=lambda x: x.missing or math.inf) if short else errors[0]
+    best = min(made.values(), key=lambda x: x.plan.step_time)
+    if len(found) == 1:
+        return best
+    tried = ", ".join(
+        f"{m} ({1e3 * made[m].plan.step_time:.4g} ms)" if m in made else f"{m} (no)" for m in sorted(found)
+    )
+    return Made(
+        replace(best.plan, notes=(*best.plan.notes, f"numbers of micro-batches tried: {tried}")), best.traced
+    )
+
+
+def _candidates(batch: int, first: int, found: Mapping[int, Made | Exception]) -> Iterator[int]:
+    """Yields powers of two that divide the batch: downhill from `first`, then from the best, until none
+    is better.
+
+    More micro-batches make the bubble smaller and activations fewer, but each less efficient, so that
+    the time falls
+    and then grows. A count that does not fit asks for more of them.
+    """
+    counts = [1 << k for k in range(batch.bit_length()) if batch % (1 << k) == 0]
+    at = max(i for i, n in enumerate(counts) if n <= first)
+
+    def time_of(i: int) -> float:
+        result = found.get(counts[i])
+        return result.plan.step_time if isinstance(result, Made) else math.inf
+
+    yield counts[at]
+    for step in (1, -1):
+        here = at
+        while 0 <= here + step < len(counts):
+            if counts[here + step] not in found:
+                yield counts[here + step]
+            if step == 1 and math.isinf(time_of(here)):
+                here += 1
+            elif time_of(here + step) < time_of(here):
+                here += step
+            else:
+                break
+        if here != at:
+            return
 
 
 def _fitting(tracer: Tracer, cluster: Cluster, method: Auto, micro: int, say: Say) -> Made:
     if method.remat is not None:
         return _pipeline(tracer, cluster, method, micro, method.remat, say)
     try:
+        say(f"{micro} micro-batches: tracing")
+        if least_bytes(tracer(micro, False).graph) > cluster.memory:
+            raise DoesNotFit("without recomputing, one micro-batch's activations exceed the cluster's memory")
         return _pipeline(tracer, cluster, method, micro, False, say)
     except DoesNotFit as error:
         without = error
     try:
         found = _pipeline(tracer, cluster, method, micro, True, say)
     except DoesNotFit as error:
-        raise (error if (error.missing or 0) <= (without.missing or 0) else without) from None
+        raise (without if (without.missing or math.inf) < (error.missing or math.inf) else error) from None
     note = "activations are recomputed in the backward pass: nothing fits otherwise"
     return Made(replace(found.plan, notes=(note, *found.plan.notes)), found.traced)
+
+
+def least_bytes(graph: Graph) -> int:
+    """Returns bytes that all devices together need at least: state, sums, and one micro-batch's residuals.
+
+    Residuals are the results of products and reductions that the backward pass reads; what is
+    elementwise could be
+    computed again from them.
+    """
+    state = {*graph.inputs, *graph.constants}.difference(graph.batch)
+    kept = (OpKind.CONTRACTION, OpKind.MEMORY)
+    made = {v for e in graph.equations if e.phase is Phase.FORWARD and e.kind in kept for v in e.outputs}
+    read = {v for e in graph.equations if e.phase is Phase.BACKWARD for v in e.operands}
+    sums = {v for v, _ in graph.combine} if graph.microbatches > 1 else set()
+    return sum(graph.values[v].nbytes for v in state | (made & read) | sums)
 
 
 def _pipeline(tracer: Tracer, cluster: Cluster, method: Auto, micro: int, remat: bool, say: Say) -> Made:
@@ -193,11 +260,15 @@ def _pipeline(tracer: Tracer, cluster: Cluster, method: Auto, micro: int, remat:
         schedule=method.schedule,
         stages=method.stages,
         choices=_whole_nodes(cluster) if method.whole_nodes else None,
-        min_stages=2 if isinstance(method, Pipeline) and method.stages is None else 1,
+        min_stages=1 if method.stages is not None else _least(method),
         model=traced.fingerprint,
     )
     found = stages.plan(traced.graph, cluster, prices(traced.graph, say), _exact(traced.graph), options)
-    return Made(_timed(found, cluster, remat), traced)
+    return Made(_timed(found, cluster, remat, True), traced)
+
+
+def _least(method: Auto) -> int:
+    return 2 if isinstance(method, Pipeline) else 1
 
 
 def _whole_nodes(cluster: Cluster) -> tuple[MeshChoice, ...]:
@@ -206,25 +277,39 @@ def _whole_nodes(cluster: Cluster) -> tuple[MeshChoice, ...]:
 
 
 def prices(graph: Graph, say: Say) -> stages.Price:
-    """Returns the price of a layer on a mesh: the intra-operator planner's offers, once for equal layers."""
+    """Returns the price of a layer on a mesh: the intra-operator planner's offers, once for equal layers.
+
+    Where one device could hold all layers in their fastest form with every micro-batch in flight, memory
+    never decides, so only the fastest offer of each is made.
+    """
     members: dict[int, list[int]] = {}
     for i, equation in enumerate(graph.equations):
         if equation.layer is not None or not graph.layers:
             members.setdefault(equation.layer or 0, []).append(i)
     signatures = {layer: signature(graph, own) for layer, own in members.items()}
-    known: dict[tuple[str, Mesh], tuple[Offer, ...]] = {}
+    known: dict[tuple[str, Mesh, bool], tuple[Offer, ...]] = {}
 
-    def price(layer: int, mesh: Mesh) -> tuple[Offer, ...]:
-        key = (signatures.get(layer, ""), mesh)
+    def offers(layer: int, mesh: Mesh, lean: bool) -> tuple[Offer, ...]:
+        key = (signatures.get(layer, ""), mesh, lean)
         if key not in known:
             say(f"pricing layers on {mesh}")
             types = replacements(mesh.device, graph)
-            options = ShardingOptions(uniform=True, dtypes=types.dtypes, products=types.products)
-            plans = intra.offers(graph, members.get(layer, ()), mesh, options)
+            options = ShardingOptions(
+                uniform=True, gap=PRICE_GAP, seconds=5.0, dtypes=types.dtypes, products=types.products
+            )
+            plans = intra.offers(
+                graph, members.get(layer, ()), mesh, options, intra.PRICES if lean else intra.PRICES[:1]
+            )
             known[key] = tuple(map(_offer, plans))
         return known[key]
 
-    return price
+    @functools.cache
+    def scarce(mesh: Mesh) -> bool:
+        fastest = [offer for layer in members for offer in offers(layer, mesh, False)]
+        held = sum(offer.state + offer.activations * graph.microbatches for offer in fastest)
+        return held + max((offer.workspace for offer in fastest), default=0) > mesh.device.memory
+
+    return lambda layer, mesh: offers(layer, mesh, scarce(mesh))
 
 
 def _offer(plan: ShardingPlan) -> Offer:
@@ -232,9 +317,9 @@ def _offer(plan: ShardingPlan) -> Offer:
     return Offer(plan.forward, plan.backward, plan.apply, m.state, m.activations, m.workspace)
 
 
-def _timed(plan: nouns.Plan, cluster: Cluster, remat: bool) -> nouns.Plan:
+def _timed(plan: nouns.Plan, cluster: Cluster, remat: bool, layer_scans: bool) -> nouns.Plan:
     """The plan with its program checked and simulated."""
-    plan = replace(plan, cluster=str(cluster), remat=remat)
+    plan = replace(plan, cluster=str(cluster), remat=remat, layer_scans=layer_scans)
     program = emit(plan, schedule(plan.schedule, len(plan.stages), plan.microbatches))
     check(program)
     line = simulate(plan, program)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from autopar.stages import assign
-from autopar.trace.capture import capture
+from autopar.trace.capture import Prepared, finish, prepare
 from autopar.trace.traced import Traced
 
 
@@ -19,6 +20,8 @@ class Tracer:
         function: the user's. args, kwargs: arrays or shapes of the full batch.
         static_argnums, static_argnames, batch_argnums: as `parallelize` got them.
         layers: how many layers to cluster an unnamed model into, or None.
+        stages: how many stages will be asked for, at least; an unnamed model gets as many layers.
+        layer_scans: whether scans over layers are cut into layers, so that stages can be made of them.
     """
 
     function: Callable[..., Any]
@@ -28,13 +31,23 @@ class Tracer:
     static_argnames: tuple[str, ...] = ()
     batch_argnums: tuple[int, ...] | None = None
     layers: int | None = None
+    layer_scans: bool = True
+    stages: int = 1
     _known: dict[tuple[int, bool], Traced] = field(default_factory=dict)
+    _prepared: dict[int, Prepared] = field(default_factory=dict)
 
     def __call__(self, microbatches: int, remat: bool) -> Traced:
         """Returns the trace. Raises TraceError, MixedExamples, BadInput."""
         key = (microbatches, remat)
         if key not in self._known:
-            self._known[key] = capture(
+            completed = partial(assign, layers=self.layers, least=self.stages)
+            self._known[key] = finish(self.prepared(microbatches), assign=completed, remat=remat)
+        return self._known[key]
+
+    def prepared(self, microbatches: int) -> Prepared:
+        """Returns the step traced for one micro-batch, not yet differentiated."""
+        if microbatches not in self._prepared:
+            self._prepared[microbatches] = prepare(
                 self.function,
                 self.args,
                 self.kwargs,
@@ -42,12 +55,12 @@ class Tracer:
                 static_argnames=self.static_argnames,
                 batch_argnums=self.batch_argnums,
                 microbatches=microbatches,
-                remat=remat,
-                assign=lambda graph: assign(graph, layers=self.layers),
+                layer_scans=self.layer_scans,
             )
-        return self._known[key]
+        return self._prepared[microbatches]
 
     def batch(self) -> int:
         """Returns the examples per step: the leading dim that the batch's arrays share; 1 without a batch."""
-        sizes = {leaf.shape[0] for leaf in self(1, False).leaves if leaf.batch and leaf.shape}
+        step = self.prepared(1).step
+        sizes = [x.shape[0] for x, is_batch in zip(step.full, step.role.batch, strict=True) if is_batch]
         return min(sizes, default=1)

@@ -190,6 +190,7 @@ class Plan:
         objective, bound: seconds per step in the stage program's model, and its proven lower bound.
         step_time, bubble: seconds and share of idle time in the simulated program.
         remat: whether activations are recomputed in the backward pass.
+        layer_scans: whether scans over layers were cut into layers.
         notes: for people.
     """
 
@@ -214,6 +215,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     cluster: str = ""
     remat: bool = False
+    layer_scans: bool = True
     version: int = VERSION
 
     @cached_property

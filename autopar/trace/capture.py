@@ -64,6 +64,34 @@ def capture(
         MixedExamples: the micro-batches' results do not make the full batch's; the message names the line.
         BadInput: an argument that does not exist, a batch that `microbatches` does not divide.
     """
+    prepared = prepare(
+        fun,
+        args,
+        kwargs,
+        static_argnums=static_argnums,
+        static_argnames=static_argnames,
+        batch_argnums=batch_argnums,
+        microbatches=microbatches,
+        layer_scans=layer_scans,
+        rules=rules,
+    )
+    return finish(prepared, assign=assign, remat=remat, rules=rules)
+
+
+def prepare(
+    fun: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    static_argnums: Sequence[int] = (),
+    static_argnames: Sequence[str] = (),
+    batch_argnums: Sequence[int] | None = None,
+    microbatches: int = 1,
+    layer_scans: Sequence[int] | bool = True,
+    rules: RuleBook = RULES,
+) -> Prepared:
+    """Returns the first half of `capture`, which does not depend on what is recomputed. Arguments as
+    there."""
     if microbatches < 1:
         raise BadInput(f"expected at least 1 micro-batch, got {microbatches}")
     call = split_call(fun, args, kwargs or {}, static_argnums, static_argnames)
@@ -72,10 +100,21 @@ def capture(
     staged = stage(fun, call, tree, full)
     role = roles(call, tree, full, staged.result, batch_argnums, microbatches)
     step = _Step(fun, call, tree, tuple(full), staged, role, microbatches)
-    cut, analysis, index = _cut_batch(step, layer_scans, rules)
+    return Prepared(step, *_cut_batch(step, layer_scans, rules))
+
+
+def finish(
+    prepared: Prepared,
+    *,
+    assign: Assign = lambda graph: graph,
+    remat: frozenset[str] | bool = False,
+    rules: RuleBook = RULES,
+) -> Traced:
+    """Returns the second half of `capture`: gradients differentiated layer by layer, and the graph."""
+    cut, analysis = prepared.cut, prepared.analysis
     gradients = _gradient_variables(cut.flat)
     flat = normalise(cut.flat, assign, remat, rules)
-    traced = _assemble(step, cut, flat, index, gradients, rules)
+    traced = _assemble(prepared.step, cut, flat, prepared.index, gradients, rules)
     graph = traced.graph
     if analysis is not None:
         graph = replace(graph, combine=analysis.combinations(graph, traced.values))
@@ -101,6 +140,22 @@ class _Step:
     def paths(self) -> list[str]:
         """Returns the names of the arguments' arrays."""
         return [self.call.describe(path) for path in self.tree.paths]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step for one micro-batch, not yet differentiated.
+
+    Attributes:
+        step: what was traced. cut: its equations, scans over layers cut.
+        analysis: how micro-batches combine, None with a single one.
+        index: the variable of the micro-batch's index, if the step needs to know it.
+    """
+
+    step: _Step
+    cut: CutScans
+    analysis: Analysis | None
+    index: Var | None
 
 
 def _cut_batch(
