@@ -56,7 +56,8 @@ class StageWorker:
 
     def __init__(self, setting: Setting):
         if setting.platform == "cpu":
-            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={setting.devices}"
+            count = f"--xla_force_host_platform_device_count={setting.devices}"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"  # the last one counts
         import jax
         import ray
 
