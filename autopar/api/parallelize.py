@@ -21,6 +21,7 @@ from autopar.runtime import executable
 from autopar.runtime.backend import Backend
 from autopar.runtime.executable import Executable
 from autopar.runtime.inprocess import InProcess
+from autopar.trace.arguments import split_call
 from autopar.trace.traced import Traced
 
 LOG = logging.getLogger("autopar")
@@ -70,6 +71,11 @@ def parallelize(
         "donate": donate,
         "progress": progress or (lambda text: None),
     }
+    if not isinstance(options["method"], Method):
+        raise BadInput(
+            "method must be an Auto, Pipeline, ShardParallel, DataParallel, Zero2, Zero3 or Manual, got "
+            f"{method!r}"
+        )
     if function is None:
         return lambda f: Parallelized(f, **options)
     if not callable(function):
@@ -142,7 +148,8 @@ class Parallelized:
         if key not in self._made:
             if self._made:
                 LOG.warning(
-                    "%s: arguments of new shapes, so it is planned and compiled again",
+                    "%s: arguments of other shapes, structure or static values than before, so it is planned "
+                    "and compiled again",
                     getattr(self.function, "__name__", "step"),
                 )
             tracer = Tracer(
@@ -166,9 +173,26 @@ class Parallelized:
         return self._running[key]
 
     def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Trees, shapes, dtypes and static leaves: what a plan depends on."""
+        """Trees, shapes, dtypes and static values: what a plan depends on."""
+        statics: tuple[Any, ...] = ()
+        if self._static_argnums or self._static_argnames:
+            call = split_call(self.function, args, kwargs, self._static_argnums, self._static_argnames)
+            args, kwargs = call.args, dict(call.kwargs)
+            statics = (*call.static_args.items(), *call.static_kwargs.items())
+            for name, value in statics:
+                _refuse_unhashable(name, value)
         leaves, tree = jax.tree.flatten((args, kwargs))
-        return tree, tuple(map(_leaf_key, leaves))
+        return tree, tuple(map(_leaf_key, leaves)), statics
+
+
+def _refuse_unhashable(name: Any, value: Any) -> None:
+    try:
+        hash(value)
+    except TypeError:
+        raise BadInput(
+            f"static argument {name} is a {type(value).__name__}, which has no hash, so equal ones cannot be "
+            "recognised; pass a tuple, a frozen dataclass or the like"
+        ) from None
 
 
 def _leaf_key(leaf: Any) -> Any:

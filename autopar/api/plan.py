@@ -10,7 +10,7 @@ from typing import Any
 
 from autopar.core import plan as nouns
 from autopar.core.codec import from_data, to_data
-from autopar.core.errors import PlanError, StalePlan
+from autopar.core.errors import BadInput, PlanError, StalePlan
 from autopar.core.program import Program
 from autopar.core.timeline import Timeline as TimelineNoun
 from autopar.program import emit, schedule, simulate
@@ -60,7 +60,10 @@ class Plan(nouns.Plan):
             raise StalePlan(
                 f"{path} has plan format {data.get('version')}, but {nouns.VERSION} is needed; plan again"
             )
-        return cls.of(from_data(nouns.Plan, data, str(path)))
+        try:
+            return cls.of(from_data(nouns.Plan, data, str(path)))
+        except BadInput as error:
+            raise PlanError(f"not a plan that autopar wrote, or edited by mistake: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON: whole, or not at all."""

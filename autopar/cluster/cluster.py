@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -53,6 +54,11 @@ class Cluster:
     def __post_init__(self) -> None:
         if not self.nodes:
             raise ClusterError("a cluster needs at least one node; for example: 8xV100-16GB,4xT4")
+        rows = self.network if isinstance(self.network, tuple) else ((self.network,),)
+        wrong = [x for row in rows for x in row if not (x > 0 and math.isfinite(x))]
+        if wrong or not (self.latency >= 0 and math.isfinite(self.latency)):
+            got = f"network of {wrong[0]} bytes/s" if wrong else f"latency of {self.latency} s"
+            raise ClusterError(f"bandwidths must be positive and finite, latencies ≥ 0, got a {got}")
         twice = [name for name, n in Counter(node.name for node in self.nodes).items() if n > 1]
         if twice:
             raise ClusterError(f"node names must differ; {', '.join(twice)} came more than once")

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from autopar.core.errors import BadInput
+
 
 @dataclass(frozen=True)
 class Device:
@@ -28,8 +30,14 @@ class Device:
     link_latency: float = 5e-6
 
     def __post_init__(self) -> None:
-        if self.memory <= 0 or self.bandwidth <= 0 or self.link <= 0 or not self.flops:
-            raise ValueError(f"{self.name}: memory, bandwidth, link and flops must be positive")
+        rates = {"memory": self.memory, "bandwidth": self.bandwidth, "link": self.link, **dict(self.flops)}
+        for name, rate in rates.items():
+            if not (rate > 0 and math.isfinite(rate)):
+                raise BadInput(f"device {self.name}: {name} must be a positive finite number, got {rate}")
+        if not self.flops:
+            raise BadInput(f"device {self.name}: flops must name at least one dtype")
+        if not (self.link_latency >= 0 and math.isfinite(self.link_latency)):
+            raise BadInput(f"device {self.name}: link_latency must be seconds ≥ 0, got {self.link_latency}")
 
     def supports(self, dtype: str) -> bool:
         """Returns whether matrix products of this dtype run at a hardware rate."""

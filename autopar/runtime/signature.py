@@ -19,6 +19,7 @@ class Signature:
 
     def __init__(self, traced: Any):
         self._traced, self._tree = traced, traced.in_tree
+        self._static_args, self._static_kwargs = traced.static_args, traced.static_kwargs
         self._positions = [leaf.position for leaf in traced.leaves]
         self._whole = self._positions == list(range(self._tree.num_leaves))
         self._out_positions = [leaf.position for leaf in traced.out_leaves]
@@ -30,17 +31,15 @@ class Signature:
         Raises:
             BadInput: a tree of another structure, or another static leaf, than traced.
         """
+        if self._static_args or self._static_kwargs:
+            args, kwargs = self._without_statics(args, kwargs)
         leaves, tree = jax.tree.flatten((args, kwargs))
         if tree != self._tree:
             raise BadInput(self._difference(args, kwargs))
         if self._whole:
             return leaves
         for position, expected in self._traced.statics.items():
-            if leaves[position] is not expected and leaves[position] != expected:
-                raise BadInput(
-                    f"a static part of the arguments is {leaves[position]!r}, the step was traced for "
-                    f"{expected!r}; plan and compile the step again for it"
-                )
+            _check_static("a static part of the arguments", leaves[position], expected)
         return [leaves[position] for position in self._positions]
 
     def unflatten(self, results: Sequence[Any]) -> Any:
@@ -49,6 +48,20 @@ class Signature:
             return jax.tree.unflatten(self._traced.out_tree, results)
         leaves = dict(self._traced.out_statics) | dict(zip(self._out_positions, results))
         return jax.tree.unflatten(self._traced.out_tree, [leaves[i] for i in range(len(leaves))])
+
+    def _without_statics(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments as they were traced: static ones are None by position, left out by name."""
+        for i, expected in self._static_args.items():
+            if i < len(args):
+                _check_static(f"static argument {i}", args[i], expected)
+        for name, expected in self._static_kwargs.items():
+            if name not in kwargs:
+                raise BadInput(f"static argument {name} is missing; the step was traced for {expected!r}")
+            _check_static(f"static argument {name}", kwargs[name], expected)
+        shortened = tuple(None if i in self._static_args else a for i, a in enumerate(args))
+        return shortened, {k: v for k, v in kwargs.items() if k not in self._static_kwargs}
 
     def _difference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         expected = jax.tree.unflatten(self._tree, range(self._tree.num_leaves))
@@ -66,6 +79,13 @@ class Signature:
             "the arguments have another structure than in the traced call: "
             f"{what or f'expected {self._tree}, got {got_tree}'}; "
             "pass the same trees, positional and keyword arguments alike, or plan the step again"
+        )
+
+
+def _check_static(what: str, got: Any, expected: Any) -> None:
+    if got is not expected and got != expected:
+        raise BadInput(
+            f"{what} is {got!r}, the step was traced for {expected!r}; plan and compile the step again for it"
         )
 
 

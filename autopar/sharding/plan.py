@@ -217,6 +217,9 @@ def _leanest(setting: Setting, limit: int | None, failed: Solved) -> Solved:
         raise PlanError(
             "the pinned layouts contradict each other: no choice satisfies all of them; "
             "leave one of them out to see which"
+            if setting.options.pinned
+            else f"no way to shard these equations over {setting.mesh} has a finite cost; "
+            "check the rates of the device and the links"
         )
     memory = setting.memory(lean.chosen)
     if limit is None or (failed.status != "infeasible" and memory.peak <= limit):

@@ -12,6 +12,7 @@ from autopar.core.errors import BadInput, ClusterError, DoesNotFit, PlanError
 from autopar.core.graph import Graph
 from autopar.core.mesh import Mesh
 from autopar.core.plan import Plan, ShardingPlan, Stage
+from autopar.sharding.text import gigabytes
 from autopar.stages.assemble import assemble
 from autopar.stages.cut import cut
 from autopar.stages.offers import Options, Price, Shard
@@ -236,6 +237,4 @@ class _Planner:
 
 
 def _size(nbytes: float) -> str:
-    if not math.isfinite(nbytes):
-        return "an unbounded amount"
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+    return gigabytes(nbytes) if math.isfinite(nbytes) else "an unbounded amount"

@@ -271,6 +271,8 @@ def _assemble(
         out_tree=result.structure,
         leaves=leaves,
         out_leaves=_out_leaves(flat, graph, step, cut, out_paths),
+        static_args=step.call.static_args,
+        static_kwargs=step.call.static_kwargs,
         statics=step.tree.statics,
         out_statics=result.statics,
         index=None if index is None else ids[index],

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Var
 
 from autopar.core.errors import TraceError
 from autopar.trace import compat
@@ -97,6 +97,7 @@ def stage(fun: Callable[..., Any], call: Call, tree: Tree, shapes: Sequence[Any]
         closed, made = jax.make_jaxpr(on_leaves, return_shape=True)(*shapes)
     except tuple(kind for kind, *_ in _REMEDIES) as error:
         raise TraceError(_explained(error)) from error
+    _refuse_leaks(closed, fun)
     _refuse_effects(closed)
     apart = results[-1]
     result = Tree(apart.structure, apart.paths, tuple(made), apart.positions, apart.statics)
@@ -143,6 +144,17 @@ def _refuse_changes(
         f"{where or 'the function'}: it changes {changed} in place; what is written there would be lost. "
         "Return the new value as a result (flax.nnx: nnx.split the module outside, nnx.merge it inside)"
     )
+
+
+def _refuse_leaks(closed: ClosedJaxpr, fun: Callable[..., Any]) -> None:
+    """Raises if a value of another trace is used: JAX takes it for a constant of this one."""
+    if not any(isinstance(x, jax.core.Tracer) for x in closed.consts):
+        return
+    leaked = {v for v, x in zip(closed.jaxpr.constvars, closed.consts) if isinstance(x, jax.core.Tracer)}
+    at = (e for e in closed.jaxpr.eqns if any(isinstance(a, Var) and a in leaked for a in e.invars))
+    where = next(filter(None, map(compat.line_of, at)), None) or definition(fun) or "the function"
+    _, what, remedy = next(row for row in _REMEDIES if row[0] is jax.errors.UnexpectedTracerError)
+    raise TraceError(f"{where}: {what}; {remedy}")
 
 
 def _refuse_effects(closed: ClosedJaxpr) -> None:

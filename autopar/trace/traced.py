@@ -49,6 +49,7 @@ class Traced:
         leaves: the array leaves of the arguments, in order.
         out_leaves: those of the result.
         statics: position in the argument tree → leaf that is not an array (compared by equality).
+        static_args, static_kwargs: arguments that were passed on as they are: position, name → value.
         out_statics: position in the result tree → leaf that is not an array.
         index: id of the input that says which micro-batch it is (an int32 scalar), None if nothing reads it.
         fingerprint: equal for equal steps (operations, shapes, parameters), also in another process.
@@ -66,6 +67,8 @@ class Traced:
     leaves: tuple[Leaf, ...] = ()
     out_leaves: tuple[Leaf, ...] = ()
     statics: Mapping[int, Any] = field(default_factory=dict)
+    static_args: Mapping[int, Any] = field(default_factory=dict)
+    static_kwargs: Mapping[str, Any] = field(default_factory=dict)
     out_statics: Mapping[int, Any] = field(default_factory=dict)
     index: int | None = None
     fingerprint: str = ""
