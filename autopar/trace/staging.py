@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Var
 
 from autopar.core.errors import TraceError
@@ -148,9 +149,9 @@ def _refuse_changes(
 
 def _refuse_leaks(closed: ClosedJaxpr, fun: Callable[..., Any]) -> None:
     """Raises if a value of another trace is used: JAX takes it for a constant of this one."""
-    if not any(isinstance(x, jax.core.Tracer) for x in closed.consts):
+    if not any(isinstance(x, Tracer) for x in closed.consts):
         return
-    leaked = {v for v, x in zip(closed.jaxpr.constvars, closed.consts) if isinstance(x, jax.core.Tracer)}
+    leaked = {v for v, x in zip(closed.jaxpr.constvars, closed.consts) if isinstance(x, Tracer)}
     at = (e for e in closed.jaxpr.eqns if any(isinstance(a, Var) and a in leaked for a in e.invars))
     where = next(filter(None, map(compat.line_of, at)), None) or definition(fun) or "the function"
     _, what, remedy = next(row for row in _REMEDIES if row[0] is jax.errors.UnexpectedTracerError)
