@@ -25,7 +25,8 @@ class Ray:
     Attributes:
         address: of a running cluster; None: the one this process or machine belongs to.
         emulate: make up the plan's nodes on this machine, with host devices, and stop them at the end.
-            Everything then listens on 127.0.0.1 only.
+            Everything then listens on 127.0.0.1 only. A process that has called `ray.init` itself stays on
+            that cluster.
         platform: "cpu" or "cuda"; None: "cpu" when emulating, else "cuda".
         timeout: seconds a stage waits for another's message, and the driver for a worker, before giving up.
         cache: folder, reachable from all nodes, that keeps compiled programs; None: a temporary one when

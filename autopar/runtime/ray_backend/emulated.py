@@ -15,9 +15,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,9 +76,6 @@ class Emulated:
         return self._address
 
     def _hear(self, seconds: float) -> bool:
-        import select
-        import time
-
         assert self._process.stdout is not None
         end = time.monotonic() + seconds
         while self._asked:
