@@ -25,7 +25,9 @@ SMALL_PROBLEMS = st.builds(tiny_problem, st.integers(0, 2**48))
 
 
 def bare(p: ChoiceProblem) -> Compact | None:
-    """The problem with only its inconsistent choices dropped, so that bounds and search have something to do."""
+    """The problem with only its inconsistent choices dropped, so that bounds and search have something to
+    do.
+    """
     from autopar_solver.presolve import drop_inconsistent
     from autopar_solver.timeline import compress_time
 

@@ -1,4 +1,6 @@
-"""Choice problems: one choice per node, costs on nodes and edges, a memory limit over time; solved with a proof."""
+"""Choice problems: one choice per node, costs on nodes and edges, a memory limit over time; solved with a
+proof.
+"""
 
 from autopar_solver.choice import Choice, Progress
 from autopar_solver.errors import ProblemError

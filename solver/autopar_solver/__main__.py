@@ -1,4 +1,6 @@
-"""`python -m autopar_solver solve ...` and `python -m autopar_solver bench DIR`, for use without the facade."""
+"""`python -m autopar_solver solve ...` and `python -m autopar_solver bench DIR`, for use without the
+facade.
+"""
 
 import click
 

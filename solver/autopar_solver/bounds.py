@@ -1,8 +1,8 @@
 """Lower bounds by memory prices: the Lagrangian dual of the memory rows, each evaluation bounded by TRW-S.
 
-For any prices p >= 0 per segment, min over x of cost(x) + p.(usage(x) - cap) is at most the optimum. The inner
-minimum is itself bounded from below by message passing, so any prices and any messages give a valid bound. Prices
-climb along a smoothed subgradient with Polyak's step (Polyak 1969).
+For any prices p >= 0 per segment, min over x of cost(x) + p.(usage(x) - cap) is at most the optimum. The
+inner minimum is itself bounded from below by message passing, so any prices and any messages give a valid
+bound. Prices climb along a smoothed subgradient with Polyak's step (Polyak 1969).
 
 Round-off: prices are kept on a grid of powers of two so that their running sums are exact, and every bound is
 lowered by the largest error that the additions behind it can have made.
@@ -99,7 +99,9 @@ class Dual:
         self.price = on_grid(np.maximum(0.0, self.price + length * self.momentum / self.scale))
 
     def _add_peaks(self, over: FloatArray) -> None:
-        """Lets the worst overused segments have a price: few, far apart, are enough, and climb much faster."""
+        """Lets the worst overused segments have a price: few, far apart, are enough, and climb much
+        faster.
+        """
         over = over.copy()
         radius = max(1, len(over) // SPACING)
         for _ in range(PEAKS_AT_ONCE):

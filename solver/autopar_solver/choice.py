@@ -22,7 +22,8 @@ class Choice:
         gap: (objective - bound) / |objective|; inf without an objective or a bound.
         status: optimal (proven), feasible, infeasible (proven), or unknown (nothing found in time).
         seconds: wall-clock time taken.
-        log: one line per thing worth telling, in order; the last says why there is no choice if there is none.
+        log: one line per thing worth telling, in order; the last says why there is no choice if there is
+            none.
     """
 
     index: IntArray | None
@@ -58,7 +59,9 @@ def relative_gap(objective: int | None, bound: int | None) -> float:
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of a running solve: seconds since its start, the best objective, the bound, and what it is doing."""
+    """The state of a running solve: seconds since its start, the best objective, the bound, and what it is
+    doing.
+    """
 
     seconds: float
     objective: int | None

@@ -28,7 +28,9 @@ from autopar_solver.solve import solve
 def solve_command(
     problem: str, seconds: float, out: str | None, seed: int, gap: float, workers: int | None, solver: str
 ) -> None:
-    """Solve a choice problem (JSON, ours or the contest's, .gz or not), printing best, bound and gap as it goes."""
+    """Solve a choice problem (JSON, ours or the contest's, .gz or not), printing best, bound and gap as it
+    goes.
+    """
     console = Console(stderr=True)
     try:
         loaded = load_problem(problem)
@@ -53,12 +55,14 @@ def solve_command(
 
 def progress_line(p: Progress) -> str:
     """Returns the live line: time, best, bound, gap, doing."""
-    return f"{p.seconds:6.1f} s  best {number(p.objective)}  bound {number(p.bound)}  gap {percent(p.gap)}  {p.doing}"
+    best = f"best {number(p.objective)}  bound {number(p.bound)}  gap {percent(p.gap)}"
+    return f"{p.seconds:6.1f} s  {best}  {p.doing}"
 
 
 def result_line(c: Choice) -> str:
     """Returns the last line: what was found."""
-    return f"{c.status}: cost {number(c.objective)}, bound {number(c.bound)}, gap {percent(c.gap)}, {c.seconds:.1f} s"
+    best = f"cost {number(c.objective)}, bound {number(c.bound)}, gap {percent(c.gap)}"
+    return f"{c.status}: {best}, {c.seconds:.1f} s"
 
 
 def number(value: int | None) -> str:

@@ -17,9 +17,9 @@ SMALL_TABLE = 30
 class Compact:
     """A reduced problem over nodes 0..n-1, each with at least two choices; inf marks what is forbidden.
 
-    Rows of an edge matrix that are equal up to a constant are one class, columns likewise, and the constants are
-    moved to the nodes: an edge costs table[class of one end's choice, class of the other's]. Matrices of real
-    problems have few distinct rows, and all that walks over tables gains by it.
+    Rows of an edge matrix that are equal up to a constant are one class, columns likewise, and the constants
+    are moved to the nodes: an edge costs table[class of one end's choice, class of the other's]. Matrices of
+    real problems have few distinct rows, and all that walks over tables gains by it.
 
     Attributes:
         network: what it came from, to restore choices.
@@ -121,7 +121,7 @@ class Classed:
 
 def classed(m: FloatArray) -> Classed:
     """Returns a matrix by its row and column classes; small ones are left as they are."""
-    rows, columns = m.shape
+    rows, columns = int(m.shape[0]), int(m.shape[1])
     if m.size <= SMALL_TABLE:
         return Classed(m, np.arange(rows), np.arange(columns), np.zeros(rows), np.zeros(columns))
     row = m.min(axis=1)
@@ -135,7 +135,7 @@ def classed(m: FloatArray) -> Classed:
 
 def compact(net: Network) -> Compact:
     """Returns the flat arrays of what is left of a network."""
-    nodes = np.flatnonzero(net.alive)
+    nodes = np.flatnonzero(net.alive).astype(np.int64)
     position = np.full(len(net.cost), -1, np.int64)
     position[nodes] = np.arange(len(nodes))
     cost = [net.cost[i].astype(np.float64) for i in nodes]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
+import scipy.sparse as sp  # pyright: ignore[reportMissingTypeStubs]
 
 from autopar_solver.choice import Choice, relative_gap
 from autopar_solver.errors import ProblemError
@@ -17,9 +17,11 @@ from autopar_solver.problem import FORBIDDEN, ChoiceProblem, IntArray
 
 
 def options_of(solver: str, seconds: float) -> dict[str, Any]:
-    """Returns the options that set a time limit and ask for a proof, where a solver's own names for them are known."""
+    """Returns the options that set a time limit and ask for a proof, where a solver's own names for them are
+    known.
+    """
     known: dict[str, dict[str, Any]] = {
-        "HIGHS": {"time_limit": seconds, "mip_rel_gap": 0.0},
+        "HIGHS": {"time_limit": seconds, "mip_rel_gap": 0.0, "threads": 1},
         "CBC": {"maximumSeconds": seconds},
         "GUROBI": {"TimeLimit": seconds, "MIPGap": 0.0},
         "SCIP": {"scip_params": {"limits/time": seconds}},
@@ -58,7 +60,8 @@ def cvxpy_model(p: ChoiceProblem) -> CvxpyModel:
     if p.num_edges:
         objective = objective + (pair_cost / scale) @ y[: len(pair_cost)]
         for end, choice in ((0, s), (1, t)):
-            # For every edge and every choice of this end: the pairs with it weigh as much as the choice itself.
+            # For every edge and every choice of this end: the pairs with it weigh as much as the choice
+            # itself.
             node = p.edge_ends[:, end]
             first = np.concatenate([[0], np.cumsum(p.num_choices[node])])
             rows, columns = int(first[-1]), len(pair_cost)
@@ -80,7 +83,8 @@ def cvxpy_model(p: ChoiceProblem) -> CvxpyModel:
 
 
 def solve_with_cvxpy(p: ChoiceProblem, seconds: float, solver: str = "HIGHS") -> Choice:
-    """Returns the choice a mixed-integer solver finds through cvxpy; bound is proven only if it says "optimal".
+    """Returns the choice a mixed-integer solver finds through cvxpy; bound is proven only if it says
+    "optimal".
 
     Args:
         p: the problem.

@@ -2,4 +2,6 @@
 
 
 class ProblemError(ValueError):
-    """A choice problem (or a request to solve one) that is malformed; the message says where and what to do."""
+    """A choice problem (or a request to solve one) that is malformed; the message says where and what to
+    do.
+    """

@@ -1,8 +1,8 @@
 """Generators of choice problems like those of auto-sharding, one per regime a solver meets.
 
-A node is a tensor, or an operator's way of computing one; a choice lays its dimensions out over the axes of a mesh.
-Its usage is its bytes over the parts it is cut into, alive from its definition to its last use. An edge costs the
-bytes that must move when its two ends lay the tensor out differently.
+A node is a tensor, or an operator's way of computing one; a choice lays its dimensions out over the axes of
+a mesh. Its usage is its bytes over the parts it is cut into, alive from its definition to its last use. An
+edge costs the bytes that must move when its two ends lay the tensor out differently.
 """
 
 import itertools
@@ -28,7 +28,9 @@ def parts(layout: Layout, mesh: tuple[int, ...]) -> int:
 def move_costs(
     a: list[Layout], b: list[Layout], size: int, mesh: tuple[int, ...], rng: np.random.Generator
 ) -> IntArray:
-    """Returns the cost of going from each layout of a to each of b: what every axis that changes must move."""
+    """Returns the cost of going from each layout of a to each of b: what every axis that changes must
+    move.
+    """
     dims = 1 + max(d for layout in a for d in layout)
     turn = np.append(rng.permutation(dims), -1) if rng.random() < 0.3 else np.append(np.arange(dims), -1)
     price = rng.uniform(0.5, 2.0, len(mesh))
@@ -67,7 +69,8 @@ def random_sharding(
         reach: how far back an edge may go; the treewidth grows with it.
         extra_edges: edges per node beyond the chain.
         tied: the share of edges that force both ends to one choice (forbidden elsewhere).
-        resident: the share of tensors that stay alive to the end, like parameters: they couple all of the program.
+        resident: the share of tensors that stay alive to the end, like parameters: they couple all of the
+            program.
         tightness: the limit, as a multiple of the least possible peak; None for no limit.
     """
     rng = np.random.default_rng(seed)
@@ -133,7 +136,9 @@ def dense_core(nodes: int = 2000, seed: int = 0) -> ChoiceProblem:
 
 
 def large_choices(nodes: int = 400, seed: int = 0) -> ChoiceProblem:
-    """Returns a small problem whose nodes have 64 to 125 choices, tightly coupled, close to the least memory."""
+    """Returns a small problem whose nodes have 64 to 125 choices, tightly coupled, close to the least
+    memory.
+    """
     return random_sharding(
         nodes, seed=seed, mesh=(4, 2, 2), dims=(3, 4), reach=20, extra_edges=1.0, resident=0.5, tightness=1.02
     )

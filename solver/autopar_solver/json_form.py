@@ -6,7 +6,7 @@ import os
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,7 +20,8 @@ def load_problem(path: str | os.PathLike[str]) -> ChoiceProblem:
     """Returns the problem in a JSON file of either form; a name ending in .gz is read as gzip.
 
     Raises:
-        ProblemError: the file can't be read, is not JSON, or doesn't hold a choice problem; says what is wrong.
+        ProblemError: the file can't be read, is not JSON, or doesn't hold a choice problem; says what is
+            wrong.
     """
     name = os.fspath(path)
     try:
@@ -34,7 +35,9 @@ def load_problem(path: str | os.PathLike[str]) -> ChoiceProblem:
 
 
 def save_problem(problem: ChoiceProblem, path: str | os.PathLike[str]) -> None:
-    """Writes a problem in our form (gzipped if the name ends in .gz); the file appears whole or not at all."""
+    """Writes a problem in our form (gzipped if the name ends in .gz); the file appears whole or not at
+    all.
+    """
     text = json.dumps(problem_to_json(problem)).encode()
     write_whole(path, gzip.compress(text, 6) if os.fspath(path).endswith(".gz") else text)
 
@@ -55,10 +58,11 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
 
 def problem_to_json(p: ChoiceProblem) -> dict[str, Any]:
     """Returns our JSON form: nodes and edges as objects, forbidden entries as null."""
-    nodes: list[dict[str, Any]] = [{"costs": _nulls(p.costs(i)), "usage": []} for i in range(p.num_nodes)]
+    usage: list[list[Any]] = [[] for _ in range(p.num_nodes)]
     for r, i in enumerate(p.item_node.tolist()):
         start, stop = p.item_interval[r].tolist()
-        nodes[i]["usage"].append([start, stop, p.item_usage[p.item_start[r] : p.item_start[r + 1]].tolist()])
+        usage[i].append([start, stop, p.item_usage[p.item_start[r] : p.item_start[r + 1]].tolist()])
+    nodes = [{"costs": _nulls(p.costs(i)), "usage": usage[i]} for i in range(p.num_nodes)]
     edges = [
         {"ends": p.edge_ends[e].tolist(), "costs": [_nulls(r) for r in p.matrix(e)]}
         for e in range(p.num_edges)
@@ -70,17 +74,18 @@ def problem_to_json(p: ChoiceProblem) -> dict[str, Any]:
 
 def problem_from_json(form: Any) -> ChoiceProblem:
     """Returns the problem in parsed JSON of either form; raises ProblemError where it doesn't hold one."""
-    if isinstance(form, dict) and "problem" in form:
-        return _from_contest(form["problem"])
-    if not (isinstance(form, dict) and form.get("format") == FORMAT):
+    held = cast(dict[str, Any], form) if isinstance(form, dict) else dict[str, Any]()
+    if "problem" in held:
+        return _from_contest(held["problem"])
+    if held.get("format") != FORMAT:
         raise ProblemError(f'expected an object with "problem" (the contest\'s form) or "format": "{FORMAT}"')
     try:
         return ChoiceProblem.build(
-            [_forbidden(node["costs"]) for node in form["nodes"]],
-            [(edge["ends"][0], edge["ends"][1]) for edge in form["edges"]],
-            [[_forbidden(row) for row in edge["costs"]] for edge in form["edges"]],
-            [[(s, t, u) for s, t, u in node.get("usage", ())] for node in form["nodes"]],
-            form.get("limit"),
+            [_forbidden(node["costs"]) for node in held["nodes"]],
+            [(edge["ends"][0], edge["ends"][1]) for edge in held["edges"]],
+            [[_forbidden(row) for row in edge["costs"]] for edge in held["edges"]],
+            [[(s, t, u) for s, t, u in node.get("usage", ())] for node in held["nodes"]],
+            held.get("limit"),
         )
     except ProblemError:
         raise
@@ -89,7 +94,9 @@ def problem_from_json(form: Any) -> ChoiceProblem:
 
 
 def _from_contest(problem: Any) -> ChoiceProblem:
-    """The contest's form: one interval per node, edge matrices flat and row-major, entries of 1e18 forbidden."""
+    """The contest's form: one interval per node, edge matrices flat and row-major, entries of 1e18
+    forbidden.
+    """
     try:
         nodes, edges = problem["nodes"], problem["edges"]
         costs, usages, intervals = nodes["costs"], nodes["usages"], nodes["intervals"]

@@ -1,10 +1,12 @@
 # pyright: basic, reportUnknownMemberType=false
 """Compiled inner loops: priced node costs, one pass of tree-reweighted message passing, energies.
 
-The loops release the interpreter lock, so that threads run them side by side, and their machine code is cached.
+The loops release the interpreter lock, so that threads run them side by side, and their machine code is
+cached.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
@@ -12,7 +14,13 @@ import numpy as np
 from autopar_solver.compact import Compact, FloatArray
 from autopar_solver.problem import IntArray
 
-jit = numba.njit(cache=True, nogil=True)
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+
+def jit(kernel: Kernel) -> Kernel:
+    """Returns a kernel compiled at its first call."""
+    return cast(Kernel, numba.njit(cache=True, nogil=True)(kernel))
+
 
 EPS = 2.0**-52
 
@@ -55,7 +63,7 @@ def memory_of(c: Compact) -> Memory:
 
 
 @jit
-def price_nodes(cost, off, mem, price, out):
+def price_nodes(cost: FloatArray, off: IntArray, mem: Memory, price: FloatArray, out: FloatArray) -> None:
     """Writes cost + price of the memory used into out; price is per segment and unit."""
     total = np.zeros(len(price) + 1)
     for t in range(len(price)):
@@ -87,7 +95,9 @@ def chain_weights(g):
 
 @jit
 def across(g, back, own, other):
-    """Fills other[q] with min over r of own[r] + table[q, r], back being the half-edge at q's end; returns the least."""
+    """Fills other[q] with min over r of own[r] + table[q, r], back being the half-edge at q's end; returns
+    the least.
+    """
     row = g.eoff[back]
     columns = g.ncls[g.rev[back]]
     least = np.inf
@@ -105,12 +115,14 @@ def across(g, back, own, other):
 
 
 @jit
-def message_passes(g, theta, moff, msg, rounds):
+def message_passes(
+    g: Graph, theta: FloatArray, moff: IntArray, msg: FloatArray, rounds: int
+) -> tuple[float, float]:
     """Runs rounds of forward and backward passes of TRW-S (Kolmogorov 2006) on the messages in place.
 
-    msg[moff[e]:] is the message into the owner of half-edge e from its other end. Returns (bound, size): a lower
-    bound on the energy, valid whatever the messages were, and the sum of sizes of the numbers behind it; rounding
-    can make the bound too high by at most EPS * size.
+    msg[moff[e]:] is the message into the owner of half-edge e from its other end. Returns (bound, size): a
+    lower bound on the energy, valid whatever the messages were, and the sum of sizes of the numbers behind
+    it; rounding can make the bound too high by at most EPS * size.
     """
     n = len(g.k)
     widest = 1
@@ -168,7 +180,7 @@ def message_passes(g, theta, moff, msg, rounds):
 
 
 @jit
-def pair_cost(g, e, s, t):
+def pair_cost(g, e, s, t) -> float:
     """Returns the cost of half-edge e if its owner takes s and its other end t."""
     back = g.rev[e]
     row = g.eoff[e] + g.cls[g.coff[e] + s] * g.ncls[back]
@@ -185,7 +197,7 @@ def add_row(g, e, t, into, start):
 
 
 @jit
-def round_messages(g, theta, moff, msg, x):
+def round_messages(g: Graph, theta: FloatArray, moff: IntArray, msg: FloatArray, x: IntArray) -> None:
     """Fills x node by node: best given the earlier nodes' choices and the later nodes' messages."""
     widest = 1
     for i in range(len(g.k)):
@@ -211,7 +223,7 @@ def round_messages(g, theta, moff, msg, x):
 
 
 @jit
-def energy(g, cost, x):
+def energy(g: Graph, cost: FloatArray, x: IntArray) -> float:
     """Returns the cost of a choice per node."""
     total = 0.0
     for i in range(len(g.k)):
@@ -220,11 +232,11 @@ def energy(g, cost, x):
             j = g.nbr[e]
             if j > i:
                 total += pair_cost(g, e, x[i], x[j])
-    return total
+    return total  # pyright: ignore[reportReturnType]
 
 
 @jit
-def usage_of(mem, x):
+def usage_of(mem: Memory, x: IntArray) -> FloatArray:
     """Returns the usage per segment of a choice per node."""
     segments = len(mem.cap)
     steps = np.zeros(segments + 1)

@@ -1,4 +1,6 @@
-"""The large route: one thread climbs the dual and sends prices, the others search under them, under one clock."""
+"""The large route: one thread climbs the dual and sends prices, the others search under them, under one
+clock.
+"""
 
 import math
 import os
@@ -27,7 +29,9 @@ PATCH_SECONDS = 2.0
 
 @dataclass
 class Board:
-    """What the threads of a large solve share: prices, the best choice (value without the constant), when to stop."""
+    """What the threads of a large solve share: prices, the best choice (value without the constant), when to
+    stop.
+    """
 
     price: FloatArray
     bound: float
@@ -96,7 +100,9 @@ def dual_step(run: Run, c: Compact, dual: Dual, board: Board) -> None:
 
 
 def climb(run: Run, c: Compact, dual: Dual, board: Board, graph: Graph) -> None:
-    """The dual's thread: climbs for its share of the time or until it stalls, then searches like the others."""
+    """The dual's thread: climbs for its share of the time or until it stalls, then searches like the
+    others.
+    """
     end = run.elapsed() + DUAL_SHARE * run.left()
     while run.elapsed() < end and not board.stop.is_set() and dual.step_size > 1e-4:
         dual_step(run, c, dual, board)
@@ -111,7 +117,9 @@ def starting_prices(dual: Dual, c: Compact) -> FloatArray:
 
 
 def walk(run: Run, c: Compact, graph: Graph, board: Board, k: int) -> None:
-    """A searching thread: cools down from its own temperature, then polishes the best choice of all threads."""
+    """A searching thread: cools down from its own temperature, then polishes the best choice of all
+    threads.
+    """
     walker = Walker(c, graph, board.x, run.seed * 64 + k)
     patches = SubMilp(c, run.seed * 64 + k) if k == 0 else None
     began, polishing = run.elapsed(), False

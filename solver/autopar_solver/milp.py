@@ -1,8 +1,10 @@
-"""The exact route: the local polytope as a mixed-integer program in HiGHS, memory rows separated as they are violated.
+"""The exact route: the local polytope as a mixed-integer program in HiGHS, memory rows separated as they are
+violated.
 
-Binary x[i, s] takes choice s at node i. For an edge, y[r, c] carries the cost of the pair (row class r, column class
-c), where rows that are equal up to a constant are one class: real edges have few distinct rows, and the program
-shrinks by their square. Without the memory rows this is the standard relaxation of Schlesinger (1976).
+Binary x[i, s] takes choice s at node i. For an edge, y[r, c] carries the cost of the pair (row class r,
+column class c), where rows that are equal up to a constant are one class: real edges have few distinct rows,
+and the program shrinks by their square. Without the memory rows this is the standard relaxation of
+Schlesinger (1976).
 """
 
 import math
@@ -15,7 +17,7 @@ from typing import Any
 import highspy
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sp
+import scipy.sparse as sp  # pyright: ignore[reportMissingTypeStubs]
 
 from autopar_solver.compact import Compact, FloatArray
 from autopar_solver.problem import IntArray
@@ -171,7 +173,9 @@ class Exact:
         self.stopped.set()
 
     def run(self, start: IntArray | None = None) -> Outcome:
-        """Returns the optimum, or the best found and the bound proven when time is up or `stop` was called."""
+        """Returns the optimum, or the best found and the bound proven when time is up or `stop` was
+        called.
+        """
         self.model = build_model(self.c)
         self.scale = cost_scale(self.model)
         self.h = new_highs(self.seed, self.gap)
@@ -204,8 +208,9 @@ class Exact:
     def _note_bound(self, scaled: float) -> None:
         """HiGHS works in floating point, so its bound is lowered before it is believed.
 
-        A dual solution may be infeasible by HiGHS's tolerance of 1e-7 in every column; at any choice the columns
-        sum to nodes + edges. Branches may be cut off 1e-6 too early. Twice the first and the second are taken off.
+        A dual solution may be infeasible by HiGHS's tolerance of 1e-7 in every column; at any choice the
+        columns sum to nodes + edges. Branches may be cut off 1e-6 too early. Twice the first and the second
+        are taken off.
         """
         if abs(scaled) < 1e20:
             value = scaled * self.scale + self.model.const

@@ -1,7 +1,8 @@
-"""The mutable form of a choice problem that presolve works on: nodes, matrices in both directions, usage, undo steps.
+"""The mutable form of a choice problem that presolve works on: nodes, matrices in both directions, usage,
+undo steps.
 
-All costs are exact int64. INF marks what is forbidden; adding two entries never overflows, and BLOCKED lies far enough
-below INF that a forbidden entry stays at or above it whatever negative costs are added to it.
+All costs are exact int64. INF marks what is forbidden; adding two entries never overflows, and BLOCKED lies
+far enough below INF that a forbidden entry stays at or above it whatever negative costs are added to it.
 """
 
 from dataclasses import dataclass, field
@@ -66,7 +67,8 @@ class Matrix:
 
     @cached_property
     def gain(self) -> IntArray:
-        """[s, r]: the least that moving this end from s to r saves, whatever the other end is; -INF if it may break.
+        """[s, r]: the least that moving this end from s to r saves, whatever the other end is; -INF if it
+        may break.
 
         Rows that are equal up to a constant are looked at once, equal columns too.
         """
@@ -120,7 +122,8 @@ class Undo:
 
     def apply(self, x: IntArray) -> None:
         """Sets the node's choice in x from its parents'."""
-        at = tuple(int(np.searchsorted(labels, x[p])) for p, labels in zip(self.parents, self.labels))
+        own = [int(np.searchsorted(labels, int(x[p]))) for p, labels in zip(self.parents, self.labels)]
+        at = tuple(own)
         x[self.node] = self.value[at]
 
 
@@ -175,7 +178,9 @@ class Network:
         self.items[i] = []
 
     def restore(self, x: IntArray) -> IntArray:
-        """Returns the choice of every node of the problem, given x with the choices of the nodes still alive."""
+        """Returns the choice of every node of the problem, given x with the choices of the nodes still
+        alive.
+        """
         full = x.copy()
         for step in reversed(self.undo):
             step.apply(full)
@@ -183,7 +188,9 @@ class Network:
 
 
 def network_of(p: ChoiceProblem) -> Network:
-    """Returns the network of a problem, before any reduction. Raises InfeasibleProblem if that is seen at a glance."""
+    """Returns the network of a problem, before any reduction. Raises InfeasibleProblem if that is seen at a
+    glance.
+    """
     why = p.infeasible_at_once()
     if why:
         raise InfeasibleProblem(why)
@@ -192,15 +199,16 @@ def network_of(p: ChoiceProblem) -> Network:
         np.minimum(c, INF)
         for c in np.split(np.where(p.node_cost >= FORBIDDEN, INF, p.node_cost), p.node_start[1:-1])
     ]
-    items: list[list[Item]] = [[] for _ in range(n)]
+    items: list[list[Item]] = [list[Item]() for _ in range(n)]
     if len(p.limit):
-        usages = np.split(p.item_usage, p.item_start[1:-1])
-        for i, (s, e), u in zip(p.item_node.tolist(), p.item_interval.tolist(), usages):
+        usages: list[IntArray] = np.split(p.item_usage, p.item_start[1:-1])
+        for r, i in enumerate(p.item_node.tolist()):
+            s, e = p.item_interval[r].tolist()
             if e > s:
-                items[i].append((s, e, u))
+                items[int(i)] += [(int(s), int(e), usages[r])]
     net = Network(
         cost if n else [],
-        [np.arange(k) for k in p.num_choices],
+        [np.arange(int(k), dtype=np.int64) for k in p.num_choices],
         [{} for _ in range(n)],
         items,
         p.limit.copy() if len(p.limit) else None,
@@ -213,8 +221,9 @@ def network_of(p: ChoiceProblem) -> Network:
 def _add_edges(net: Network, p: ChoiceProblem) -> None:
     shared: dict[tuple[int, bytes], Matrix] = {}
     entries = np.where(p.edge_cost >= FORBIDDEN, INF, p.edge_cost)
-    start, k = p.edge_start.tolist(), p.num_choices.tolist()
-    for e, (a, b) in enumerate(p.edge_ends.tolist()):
+    start, k = [int(v) for v in p.edge_start], [int(v) for v in p.num_choices]
+    for e, ends in enumerate(p.edge_ends.tolist()):
+        a, b = int(ends[0]), int(ends[1])
         flat = entries[start[e] : start[e + 1]]
         if a == b:
             net.cost[a] = np.minimum(net.cost[a] + flat.reshape(k[a], k[a]).diagonal(), INF)

@@ -1,8 +1,9 @@
 """Presolve: exact reductions to a fixpoint, with an exact inverse.
 
-Every reduction keeps at least one optimal choice, and `Network.restore` turns a choice of what is left into a choice
-of the problem with the same cost and a usage no larger where it matters. Sources: arc consistency (Mackworth 1977),
-dead-end elimination (Goldstein 1994) restricted to choices that use no more memory, bucket elimination (Dechter 1999).
+Every reduction keeps at least one optimal choice, and `Network.restore` turns a choice of what is left into
+a choice of the problem with the same cost and a usage no larger where it matters. Sources: arc consistency
+(Mackworth 1977), dead-end elimination (Goldstein 1994) restricted to choices that use no more memory, bucket
+elimination (Dechter 1999).
 """
 
 from collections import deque
@@ -30,6 +31,9 @@ def presolve(problem: ChoiceProblem, rounds: int = 20) -> Network:
     """
     net = network_of(problem)
     todo = _Queue(net)
+    compress_time(
+        net
+    )  # before contraction cuts usage into pieces, most segments are seen to lie within others
     while todo:  # without dominance first: most nodes go by cheaper means
         reduce_node(net, todo.pop(), todo, cheaply=True)
     todo.push_all()
@@ -119,7 +123,9 @@ def split_edges(net: Network, i: int, todo: _Queue) -> None:
 
 
 def fold(net: Network, i: int, todo: _Queue) -> None:
-    """Takes out a node with one choice: its costs become constant or its neighbours', its usage lowers the caps."""
+    """Takes out a node with one choice: its costs become constant or its neighbours', its usage lowers the
+    caps.
+    """
     for j, matrix in list(net.adj[i].items()):
         net.cost[j] = np.minimum(net.cost[j] + matrix.m[0], INF)
         net.disconnect(i, j)
@@ -158,7 +164,9 @@ def absorb_dependents(net: Network, i: int, todo: _Queue) -> None:
 
 
 def drop_dominated(net: Network, i: int, todo: _Queue) -> None:
-    """Drops a choice if another never costs more, whatever the neighbours take, and never uses more memory."""
+    """Drops a choice if another never costs more, whatever the neighbours take, and never uses more
+    memory.
+    """
     k = len(net.cost[i])
     work = k * k * (1 + sum(min(m.m.shape[1], 256) for m in net.adj[i].values()))
     if k == 1 or work > DOMINANCE_WORK:

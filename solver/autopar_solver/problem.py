@@ -39,7 +39,8 @@ class ChoiceProblem:
             (choice of the first end, choice of the second end).
         edge_cost: entries of every matrix, FORBIDDEN or more where the pair may not be taken.
         item_node: (q,) the node a usage item belongs to; a node may have any number of items.
-        item_interval: (q, 2) half-open time steps [start, stop) in which the item is alive; start == stop is empty.
+        item_interval: (q, 2) half-open time steps [start, stop) in which the item is alive; start == stop is
+            empty.
         item_start: (q+1,) item r's usage per choice is item_usage[item_start[r]:item_start[r+1]].
         item_usage: bytes (any unit), not negative.
         limit: (horizon,) the limit at every time step, or an empty array when there is none.
@@ -71,7 +72,8 @@ class ChoiceProblem:
         """Returns the problem given as one array per node, one matrix per edge and usage items per node.
 
         Args:
-            node_costs: per node, its cost per choice (integers; FORBIDDEN for a choice that may not be taken).
+            node_costs: per node, its cost per choice (integers; FORBIDDEN for a choice that may not be
+                taken).
             edges: the two ends of every edge.
             edge_costs: per edge, a matrix (choices of the first end x choices of the second end).
             usage: per node, any number of (start, stop, usage per choice), half-open in time steps.
@@ -188,8 +190,8 @@ class ChoiceProblem:
             t = int(over.argmax())
             if over[t] > 0:
                 return (
-                    f"the limit of {self.limit[t]} at time step {t} is {over[t]} below the least possible usage "
-                    f"there, {self.limit[t] + over[t]}; raise the limit by at least {over[t]}"
+                    f"the limit of {self.limit[t]} at time step {t} is {over[t]} below the least possible "
+                    f"usage there, {self.limit[t] + over[t]}; raise the limit by at least {over[t]}"
                 )
         best = np.minimum.reduceat(self.node_cost, self.node_start[:-1]) if self.num_nodes else self.node_cost
         if len(best) and best.max() >= FORBIDDEN:

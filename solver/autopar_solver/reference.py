@@ -31,15 +31,17 @@ def brute_force(p: ChoiceProblem) -> int | None:
 
 
 def tiny_problem(seed: int) -> ChoiceProblem:
-    """Returns a random problem of up to six nodes and four choices: negative costs, forbidden entries, parallel edges
-    and self-loops, dependent ends, sums, several usage items a node, limits that bind or can't be met."""
+    """Returns a random problem of up to six nodes and four choices: negative costs, forbidden entries,
+    parallel edges and self-loops, dependent ends, sums, several usage items a node, limits that bind or
+    can't be met.
+    """
     rng = np.random.default_rng(seed)
     n = int(rng.integers(1, 7))
-    k = rng.integers(1, 5, n).tolist()
-    costs = [rng.integers(-5, 20, size) for size in k]
+    k = [int(size) for size in rng.integers(1, 5, n)]
+    costs: list[IntArray] = [rng.integers(-5, 20, size) for size in k]
     for cost in costs:
         cost[rng.random(len(cost)) < 0.05] = FORBIDDEN
-    edges = [(int(a), int(b)) for a, b in rng.integers(0, n, (int(rng.integers(0, 10)), 2))]
+    edges = [(int(a), int(b)) for a, b in rng.integers(0, n, (int(rng.integers(0, 10)), 2)).tolist()]
     matrices = [tiny_matrix(rng, k[a], k[b]) for a, b in edges]
     usage = [[_item(rng, size) for _ in range(rng.integers(0, 3))] for size in k]
     limit = [None, 4, 7, 10, 14, 25][int(rng.integers(0, 6))]

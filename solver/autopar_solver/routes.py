@@ -20,9 +20,9 @@ def choose_route(run: Run, c: Compact) -> None:
     """Solves the reduced problem into `run`.
 
     Where the caller accepts a gap, a glance at the dual often closes it: most sharding problems are nearly
-    trees. A core whose integer program is small then goes to HiGHS alone for a moment, which keeps the outcome
-    a function of the seed; if that isn't enough, the search runs beside it. A larger core goes to the prices
-    and the search at once.
+    trees. A core whose integer program is small then goes to HiGHS alone for a moment, which keeps the
+    outcome a function of the seed; if that isn't enough, the search runs beside it. A larger core goes to
+    the prices and the search at once.
     """
     if run.gap > 0 and glance(run, c):
         return

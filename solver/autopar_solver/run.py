@@ -46,7 +46,9 @@ class Run:
         return self.proven or relative_gap(self.objective, self.bound) <= self.gap
 
     def offer(self, index: IntArray) -> bool:
-        """Takes a choice of the whole problem if it is feasible and better than the best; exact integer arithmetic."""
+        """Takes a choice of the whole problem if it is feasible and better than the best; exact integer
+        arithmetic.
+        """
         cost = self.problem.cost(index)
         if cost >= FORBIDDEN // 2 or self.problem.check(index):
             return False
@@ -57,7 +59,9 @@ class Run:
         return True
 
     def settle_on(self, index: IntArray) -> None:
-        """Makes a choice the one returned if it is as good as the best: which of equals was met first is chance."""
+        """Makes a choice the one returned if it is as good as the best: which of equals was met first is
+        chance.
+        """
         if (
             self.objective is not None
             and self.problem.cost(index) <= self.objective
@@ -101,7 +105,9 @@ class Run:
         return Choice(None, None, None, math.inf, "infeasible", self.elapsed(), tuple(self.lines))
 
     def _valid_bound(self) -> int | None:
-        """A bound can only be at the objective or below it: the excess is what rounding up a float may give."""
+        """A bound can only be at the objective or below it: the excess is what rounding up a float may
+        give.
+        """
         if self.bound is None or self.objective is None:
             return self.bound
         return int(np.minimum(self.bound, self.objective))

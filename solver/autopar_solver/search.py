@@ -32,7 +32,9 @@ def _edge_sums(c: Compact, fill: float, pick: np.ufunc) -> float:
 
 
 class Walker:
-    """One search trajectory. `chunk` makes moves for a moment; the best feasible choice met is kept in best_x."""
+    """One search trajectory. `chunk` makes moves for a moment; the best feasible choice met is kept in
+    best_x.
+    """
 
     def __init__(self, c: Compact, graph: Graph, x: IntArray, seed: int) -> None:
         self.c, self.g, self.mem = c, graph, memory_of(c)

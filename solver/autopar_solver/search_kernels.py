@@ -1,21 +1,25 @@
 # pyright: basic, reportUnknownMemberType=false
 """Compiled large-neighbourhood search: a random tree of nodes is set to its best by dynamic programming.
 
-The tree is induced (no two of its nodes share an edge outside it), so that with everything else fixed the best
-choice of all its nodes is found exactly by one pass over it, the memory priced. A move is taken if it keeps the
-memory limit and doesn't cost more, or costs little enough for the temperature (Kirkpatrick et al. 1983).
+The tree is induced (no two of its nodes share an edge outside it), so that with everything else fixed the
+best choice of all its nodes is found exactly by one pass over it, the memory priced. A move is taken if it
+keeps the memory limit and doesn't cost more, or costs little enough for the temperature (Kirkpatrick et al.
+1983).
 """
 
 import numpy as np
 
-from autopar_solver.kernels import across, add_row, jit, pair_cost
+from autopar_solver.compact import FloatArray
+from autopar_solver.kernels import Graph, Memory, across, add_row, jit, pair_cost
+from autopar_solver.problem import IntArray
 
 
 @jit
 def grow_tree(g, root, most, tree, parent, place, seen, frontier):
     """Grows an induced tree from root in random order; returns its size.
 
-    tree: its nodes, parents first; parent: positions in tree; place[node]: position or -1; seen[node]: how many of
+    tree: its nodes, parents first; parent: positions in tree; place[node]: position or -1; seen[node]: how
+        many of
     its neighbours are in the tree (a second one would close a cycle).
     """
     size = 0
@@ -73,7 +77,9 @@ def edge_to(g, i, j):
 
 @jit
 def best_on_tree(g, cost, mem, total, share, x, size, tree, parent, place, work, own, other, new):
-    """Fills new[node] for the tree's nodes with their best choices, the rest of x fixed; memory priced at share."""
+    """Fills new[node] for the tree's nodes with their best choices, the rest of x fixed; memory priced at
+    share.
+    """
     for b in range(size):
         i = tree[b]
         o = g.off[i]
@@ -135,7 +141,9 @@ def change_in_cost(g, cost, x, new, size, tree, place):
 
 @jit
 def move_usage(mem, used, x, new, size, tree, sign):
-    """Adds sign * (usage of new - usage of x) of the tree's nodes to used; returns the change in total overuse."""
+    """Adds sign * (usage of new - usage of x) of the tree's nodes to used; returns the change in total
+    overuse.
+    """
     change = 0.0
     for b in range(size):
         i = tree[b]
@@ -164,11 +172,24 @@ def price_share(over):
 
 
 @jit
-def search(g, cost, mem, price, x, used, value, over, moves, most, seed, temperature):
+def search(
+    g: Graph,
+    cost: FloatArray,
+    mem: Memory,
+    price: FloatArray,
+    x: IntArray,
+    used: FloatArray,
+    value: float,
+    over: float,
+    moves: int,
+    most: float,
+    seed: int,
+    temperature: float,
+) -> tuple[float, float, float, IntArray]:
     """Makes moves from x (changed in place with used); returns (value, over, best value, best x).
 
-    value, over: cost and total overuse of x. While memory is overused, moves lower the overuse; after that they
-    keep the limit. best value is inf if no feasible choice was met.
+    value, over: cost and total overuse of x. While memory is overused, moves lower the overuse; after that
+    they keep the limit. best value is inf if no feasible choice was met.
     """
     np.random.seed(seed)
     n = len(g.k)

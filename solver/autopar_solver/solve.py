@@ -33,8 +33,8 @@ def solve(
         gap: stop as soon as (objective - bound) / |objective| is at most this.
         workers: threads to use, by default one per core (at most 8); small problems use one.
         progress: called now and then with the state of the solve.
-        solver: "auto" for our own routes; "cvxpy" for HiGHS on the plain cvxpy model, "cvxpy:SCIP" (or any name
-            cvxpy knows) for another solver on it.
+        solver: "auto" for our own routes; "cvxpy" for HiGHS on the plain cvxpy model, "cvxpy:SCIP" (or any
+            name cvxpy knows) for another solver on it.
 
     Raises:
         ProblemError: seconds, gap or workers make no sense.
@@ -81,8 +81,9 @@ def _with_cvxpy(problem: ChoiceProblem, seconds: float, solver: str) -> Choice:
 
 def summary(run: Run, c: Compact) -> str:
     """Returns one line on what presolve did."""
-    did = ", ".join(f"{number} {what}" for what, number in sorted(c.network.counts.items()))
+    counts = sorted(c.network.counts.items())
+    did = ", ".join(f"{number} {what}" for what, number in counts) or "nothing to do"
     return (
-        f"presolve {run.elapsed():.2f} s: {run.problem.num_nodes} nodes to {c.n}, {run.problem.num_edges} edges to "
-        f"{len(c.nbr) // 2}, {len(c.cost)} choices, {c.segments} memory segments ({did or 'nothing to do'})"
+        f"presolve {run.elapsed():.2f} s: {run.problem.num_nodes} nodes to {c.n}, {run.problem.num_edges} "
+        f"edges to {len(c.nbr) // 2}, {len(c.cost)} choices, {c.segments} memory segments ({did})"
     )

@@ -1,8 +1,10 @@
-"""Sub-MILP neighbourhoods: some nodes are freed, the rest fixed, and HiGHS finds the best for all of them at once.
+"""Sub-MILP neighbourhoods: some nodes are freed, the rest fixed, and HiGHS finds the best for all of them at
+once.
 
-Tightly coupled nodes with many choices under a tight limit cannot be improved one tree at a time: several must trade
-memory among themselves. Which nodes are freed alternates between a connected patch of the graph and nodes that are
-alive at one tight moment (neighbourhoods in the sense of Rothberg 2007 and Danna et al. 2005, chosen by structure).
+Tightly coupled nodes with many choices under a tight limit cannot be improved one tree at a time: several
+must trade memory among themselves. Which nodes are freed alternates between a connected patch of the graph
+and nodes that are alive at one tight moment (neighbourhoods in the sense of Rothberg 2007 and Danna et al.
+2005, chosen by structure).
 """
 
 import math
@@ -20,7 +22,9 @@ CHOICES_KEPT = (6, 10, 16, 30)
 
 
 def restricted(c: Compact, free: IntArray, x: IntArray) -> Compact:
-    """Returns the problem of the nodes in `free` (ascending) alone, all others fixed at x; const is left at 0."""
+    """Returns the problem of the nodes in `free` (ascending) alone, all others fixed at x; const is left at
+    0.
+    """
     place = np.full(c.n, -1, np.int64)
     place[free] = np.arange(len(free))
     cost = [c.cost[c.off[i] : c.off[i + 1]].copy() for i in free]
@@ -89,7 +93,8 @@ def thinned(c: Compact, keep: list[IntArray]) -> Compact:
 
 
 def likely_choices(c: Compact, x: IntArray, price: FloatArray, most: int) -> list[IntArray]:
-    """Returns per node at most about `most` choices: x's, the cheapest beside x's neighbours, and the leanest.
+    """Returns per node at most about `most` choices: x's, the cheapest beside x's neighbours, and the
+    leanest.
 
     Cheapest counts memory at a price; half are ranked at a third of it and half at three times.
     """
@@ -162,7 +167,9 @@ class SubMilp:
     def improve(
         self, x: IntArray, price: FloatArray, seconds: float, stop: threading.Event | None = None
     ) -> IntArray | None:
-        """Returns a better feasible choice near x (which is feasible), or None; takes at most about `seconds`."""
+        """Returns a better feasible choice near x (which is feasible), or None; takes at most about
+        `seconds`.
+        """
         size = int(min(self.size, self.c.n))
         choose = self.rng.random() < 0.5 and self.c.segments > 0
         free = rivals(self.c, self.rng, size, self.c.usage(x)) if choose else patch(self.c, self.rng, size)

@@ -8,7 +8,9 @@ from autopar_solver.problem import IntArray
 
 
 def profile(items: list[Item]) -> tuple[IntArray, IntArray, IntArray]:
-    """Returns a node's usage as disjoint pieces (start, stop, usage (pieces, choices)), whatever its items overlap."""
+    """Returns a node's usage as disjoint pieces (start, stop, usage (pieces, choices)), whatever its items
+    overlap.
+    """
     if len(items) == 1:
         s, e, u = items[0]
         return np.array([s]), np.array([e]), u[None, :]
@@ -29,8 +31,8 @@ def profile(items: list[Item]) -> tuple[IntArray, IntArray, IntArray]:
 
 
 def compress_time(net: Network) -> list[int]:
-    """Keeps only time segments where the limit can bind, moves constant usage into the caps, drops choices that
-    don't fit alone; returns the nodes whose usage or choices this changed.
+    """Keeps only time segments where the limit can bind, moves constant usage into the caps, drops choices
+    that don't fit alone; returns the nodes whose usage or choices this changed.
 
     Raises:
         InfeasibleProblem: the least possible usage is above a cap.
@@ -89,8 +91,8 @@ def binding_segments(
 ) -> tuple[IntArray, IntArray]:
     """Returns (position, caps): the number of kept segments before every time step, and their caps.
 
-    A segment is dropped if everything alive there fits at its most, or if a neighbour holds all of its items and
-    has no larger cap.
+    A segment is dropped if everything alive there fits at its most, or if a neighbour holds all of its items
+    and has no larger cap.
     """
     horizon = len(cap)
     edges = np.unique(np.concatenate([[0], starts, stops]))
