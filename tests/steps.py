@@ -2,6 +2,7 @@
 
 Optimizer: SGD with momentum after clipping by the global norm. Adam would turn a gradient that is truly
 zero (the key bias of attention, which softmax does not see) into an update of order one, made of rounding.
+The perceptron has no such gradient; it is tested with AdamW too.
 """
 
 import functools
@@ -18,7 +19,7 @@ import optax
 import autopar as ap
 from autopar import cluster
 from autopar.models import families, gpt, mlp, moe, wide_resnet
-from autopar.models.step import init_state, train_step
+from autopar.models.step import adamw, init_state, train_step
 
 BATCH, STEPS = 8, 3
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, momentum=0.9))
@@ -58,6 +59,7 @@ CONFIGS = {
         ),
     ),
     "mlp": (families.MLP, mlp.MLPConfig(inputs=16, hidden=32, outputs=8, layers=3)),
+    "mlp adamw": (families.MLP, mlp.MLPConfig(inputs=16, hidden=32, outputs=8, layers=3)),
 }
 
 
@@ -74,15 +76,21 @@ def case(name: str) -> Case:
         functools.partial(_batch, family, config),
         jax.value_and_grad if base != name else ap.value_and_grad,
         getattr(config, "dropout", 0) > 0,
+        adamw() if name.endswith("adamw") else OPTIMIZER,
     )
 
 
 def _case(
-    loss: Any, init: Any, batch: Any, value_and_grad: Any = ap.value_and_grad, dropout: bool = False
+    loss: Any,
+    init: Any,
+    batch: Any,
+    value_and_grad: Any = ap.value_and_grad,
+    dropout: bool = False,
+    optimizer: optax.GradientTransformation = OPTIMIZER,
 ) -> Case:
-    step = train_step(loss, OPTIMIZER, value_and_grad)
+    step = train_step(loss, optimizer, value_and_grad)
     key = jax.random.key(0)
-    state = jax.jit(lambda key: init_state(init, OPTIMIZER, key, dropout))(key)
+    state = jax.jit(lambda key: init_state(init, optimizer, key, dropout))(key)
     return Case(step, state, tuple(batch(jax.random.key(i)) for i in range(STEPS)))
 
 

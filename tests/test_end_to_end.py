@@ -12,7 +12,7 @@ import pytest
 import autopar as ap
 from tests.steps import EIGHT, MIXED, alone, assert_equal, case, run
 
-MODELS = ("gpt", "gpt jax.grad", "gpt anonymous", "gpt scan", "moe", "wresnet", "mlp")
+MODELS = ("gpt", "gpt jax.grad", "gpt anonymous", "gpt scan", "moe", "wresnet", "mlp", "gpt scan dropout")
 
 
 def compare(name, cluster, method, **options):
@@ -36,6 +36,10 @@ QUICK_SPMD = (
     ("mlp", ap.DataParallel(mesh=(1, 8), micro_batches=4)),
     ("mlp", ap.Zero2(mesh=(1, 8))),
     ("mlp", ap.Zero3(mesh=(2, 4), micro_batches=2)),
+    ("mlp adamw", ap.ShardParallel(mesh=(2, 4), micro_batches=4)),
+    ("gpt", ap.Zero3(mesh=(1, 8), micro_batches=2)),
+    ("gpt jax.grad", ap.ShardParallel(mesh=(1, 8), micro_batches=2)),
+    ("gpt scan dropout", ap.ShardParallel(mesh=(1, 8), micro_batches=2)),
 )
 METHODS = (ap.ShardParallel, ap.DataParallel, ap.Zero2, ap.Zero3)
 
@@ -84,6 +88,8 @@ QUICK_PIPELINES = (
     ("wresnet", 3, "gpipe", 2),
     ("mlp", 3, "gpipe", 4),
     ("mlp", 2, "1f1b", 1),
+    ("mlp adamw", 3, "1f1b", 2),
+    ("gpt scan dropout", 2, "1f1b", 4),
 )
 PIPELINES = matrix(
     QUICK_PIPELINES,
