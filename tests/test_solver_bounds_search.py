@@ -69,6 +69,8 @@ def test_the_walker_reports_true_costs_and_feasible_choices(p: ChoiceProblem, se
     walker = Walker(c, penalised(c), np.zeros(c.n, np.int64), seed)
     walker.chunk(np.ones(c.segments), 1.0, moves=60)
     full = c.restore(walker.best_x)
+    if np.isfinite(walker.best):
+        assert not any("more than the limit" in wrong for wrong in p.check(full))
     if np.isfinite(walker.best) and p.check(full) == []:
         assert best is not None and p.cost(full) == walker.best + c.const >= best
     if best is None:

@@ -10,6 +10,7 @@ from autopar_solver import ChoiceProblem, solve
 from autopar_solver.network import BLOCKED, InfeasibleProblem, Network
 from autopar_solver.presolve import presolve
 from autopar_solver.reference import brute_force, naive_cost, tiny_problem
+from autopar_solver.timeline import binding_segments, spread
 
 EXAMPLES = settings(max_examples=300, deadline=None)
 
@@ -67,3 +68,18 @@ def test_cost_usage_and_check_follow_the_definition(p: ChoiceProblem, seed: int)
     assert (p.check(x) == []) == (expected is not None)
     if expected is not None:
         assert p.cost(x) == expected
+
+
+@given(st.integers(0, 2**48))
+@settings(max_examples=500, deadline=None)
+def test_kept_segments_decide_what_all_time_steps_decide(seed: int):
+    rng = np.random.default_rng(seed)
+    horizon, q = int(rng.integers(1, 12)), int(rng.integers(1, 8))
+    span = np.sort(rng.integers(0, horizon + 1, (q, 2)), axis=1)
+    most, cap = rng.integers(1, 9, q), rng.integers(0, 20, horizon)
+    position, caps = binding_segments(span[:, 0], span[:, 1], most, cap)
+    for _ in range(20):
+        amount = rng.integers(0, most + 1)
+        fits = bool((spread(span[:, 0], span[:, 1], amount, horizon) <= cap).all())
+        first, last = position[span[:, 0]], position[span[:, 1]]
+        assert fits == bool((spread(first, last, amount, len(caps)) <= caps).all())

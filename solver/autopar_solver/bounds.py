@@ -32,8 +32,8 @@ SPACING = 60
 def on_grid(price: FloatArray) -> FloatArray:
     """Returns prices rounded so that every partial sum of them is exact in floating point."""
     total = float(price.sum())
-    if total <= 0:
-        return price
+    if total < 1e-280:  # nothing, or too little for a grid
+        return np.zeros(len(price))
     unit = 2.0 ** (math.ceil(math.log2(total)) + 1 - 52)
     return np.rint(price / unit) * unit
 

@@ -23,6 +23,7 @@ from autopar_solver.compact import Compact, FloatArray
 from autopar_solver.problem import IntArray
 
 ROWS_AT_ONCE = 15
+COARSE = 1e-7
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,11 +184,20 @@ class Exact:
         self._watch()
         if not self._relax():
             return Outcome(None, self.bound, False, rows=len(self.rows.have))
+        self._rescale()
         integer = [highspy.HighsVarType.kInteger] * self.model.binaries
         self.h.changeColsIntegrality(
             self.model.binaries, np.arange(self.model.binaries, dtype=np.int32), np.array(integer)
         )
         return self._branch(start)
+
+    def _rescale(self) -> None:
+        """Scales by the relaxation's value where a few huge entries would make the tolerances coarse beside it."""
+        value = abs(float(self.h.getInfo().objective_function_value)) * self.scale
+        scale = 10.0 ** max(0.0, math.floor(math.log10(max(1.0, value / 1e6))))
+        if scale < self.scale and self._tolerance() > COARSE * value:
+            self.scale, columns = scale, np.arange(len(self.model.cost), dtype=np.int32)
+            self.h.changeColsCost(len(columns), columns, self.model.cost / scale)
 
     def _left(self) -> float:
         return 0.0 if self.stopped.is_set() else self.end - time.monotonic()
@@ -214,13 +224,15 @@ class Exact:
         """
         if abs(scaled) < 1e20:
             value = scaled * self.scale + self.model.const
-            value -= self.scale * (1e-6 + 2e-7 * (self.c.n + len(self.c.edges))) + 1e-12 * abs(
-                scaled * self.scale
-            )
+            value -= self._tolerance() + 1e-12 * abs(scaled * self.scale)
             if value > self.bound:
                 self.bound = value
                 if self.on_bound is not None:
                     self.on_bound(value)
+
+    def _tolerance(self) -> float:
+        """How far above the truth HiGHS's tolerances can put a bound."""
+        return self.scale * (1e-6 + 2e-7 * (self.c.n + len(self.c.edges)))
 
     def _point(self) -> FloatArray | None:
         values = np.array(self.h.getSolution().col_value)
