@@ -192,7 +192,7 @@ class Exact:
         return self._branch(start)
 
     def _rescale(self) -> None:
-        """Scales by the relaxation's value where a few huge entries would make the tolerances coarse beside it."""
+        """Scales by the relaxation's value where a few huge entries would make the tolerances coarse."""
         value = abs(float(self.h.getInfo().objective_function_value)) * self.scale
         scale = 10.0 ** max(0.0, math.floor(math.log10(max(1.0, value / 1e6))))
         if scale < self.scale and self._tolerance() > COARSE * value:
