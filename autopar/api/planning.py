@@ -30,8 +30,15 @@ Say = Callable[[str], None]
 GAP = 1e-3
 """How near to the optimum a stage's sharding has to be proven before the solver stops."""
 
-PRICE_GAP = 3e-3
+SECONDS = 1.5
+"""Time for the sharding of one stage; it is only used up where the memory limit binds."""
+
+PRICE_GAP = 1e-2
 """The same for the price of a layer, which only guides the choice of stages."""
+
+ROOM = 0.6
+"""Share of the cluster's memory that state and one micro-batch's activations may fill before they are recomputed
+without trying to keep them: a pipeline holds several micro-batches at once."""
 
 PATIENCE = 25.0
 """Seconds after which no further number of micro-batches is tried."""
@@ -141,7 +148,12 @@ def _exact(graph: Graph, fixed: tuple[tuple[int, Spec], ...] = ()) -> stages.Sha
     def shard(equations: tuple[int, ...], mesh: Mesh, in_flight: int) -> ShardingPlan:
         types = replacements(mesh.device, graph)
         options = ShardingOptions(
-            in_flight=in_flight, pinned=fixed, gap=GAP, dtypes=types.dtypes, products=types.products
+            in_flight=in_flight,
+            pinned=fixed,
+            gap=GAP,
+            seconds=SECONDS,
+            dtypes=types.dtypes,
+            products=types.products,
         )
         return intra.plan(graph, equations, mesh, options)
 
@@ -221,18 +233,18 @@ def _candidates(batch: int, first: int, found: Mapping[int, Made | Exception]) -
 def _fitting(tracer: Tracer, cluster: Cluster, method: Auto, micro: int, say: Say) -> Made:
     if method.remat is not None:
         return _pipeline(tracer, cluster, method, micro, method.remat, say)
-    try:
-        say(f"{micro} micro-batches: tracing")
-        if least_bytes(tracer(micro, False).graph) > cluster.memory:
-            raise DoesNotFit("without recomputing, one micro-batch's activations exceed the cluster's memory")
-        return _pipeline(tracer, cluster, method, micro, False, say)
-    except DoesNotFit as error:
-        without = error
+    say(f"{micro} micro-batches: tracing")
+    without = DoesNotFit("without recomputing, activations would fill most of the cluster's memory")
+    if least_bytes(tracer(micro, False).graph) < ROOM * cluster.memory:
+        try:
+            return _pipeline(tracer, cluster, method, micro, False, say)
+        except DoesNotFit as error:
+            without = error
     try:
         found = _pipeline(tracer, cluster, method, micro, True, say)
     except DoesNotFit as error:
         raise (without if (without.missing or math.inf) < (error.missing or math.inf) else error) from None
-    note = "activations are recomputed in the backward pass: nothing fits otherwise"
+    note = f"activations are recomputed in the backward pass; otherwise: {without}"
     return Made(replace(found.plan, notes=(note, *found.plan.notes)), found.traced)
 
 
@@ -295,7 +307,7 @@ def prices(graph: Graph, say: Say) -> stages.Price:
             say(f"pricing layers on {mesh}")
             types = replacements(mesh.device, graph)
             options = ShardingOptions(
-                uniform=True, gap=PRICE_GAP, seconds=5.0, dtypes=types.dtypes, products=types.products
+                uniform=True, gap=PRICE_GAP, seconds=3.0, dtypes=types.dtypes, products=types.products
             )
             plans = intra.offers(
                 graph, members.get(layer, ()), mesh, options, intra.PRICES if lean else intra.PRICES[:1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from autopar.core import spec as specs
@@ -27,7 +28,7 @@ def plan_text(plan: Plan, tensors: int = 5) -> str:
     console.print(_stages(plan))
     console.print(_tensors(plan, tensors))
     for note in plan.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
@@ -82,7 +83,8 @@ def _tensors(plan: Plan, most: int) -> Table:
         for group in found[:most]:
             part = group.nbytes / specs.shards(group.spec, stage.mesh)
             name = group.pattern + (f"  × {group.count}" if group.count > 1 else "")
-            table.add_row(str(s), name, str(group.value), specs.text(group.spec), size(part))
+            cells = (name, str(group.value), specs.text(group.spec), size(part))
+            table.add_row(str(s), *map(escape, cells))
         if len(found) > most:
             table.add_row(str(s), f"… and {len(found) - most} more kinds", "", "", "")
     return table

@@ -86,8 +86,7 @@ def plan(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options = 
         BadInput: options that make no sense.
     """
     region = extract(graph, equations)
-    setting = prepare(region, mesh, _canonical(options, region))
-    return relabel(_solve(setting), region)
+    return relabel(_planned(_Keyed(region_key(region), region), mesh, _canonical(options, region)), region)
 
 
 def offers(
@@ -129,6 +128,12 @@ class _Keyed:
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+
+@functools.lru_cache(maxsize=256)
+def _planned(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
+    """The plan of a region, in its own ids: equal stages of a pipeline are planned once."""
+    return _solve(prepare(keyed.region, mesh, options))
 
 
 @functools.lru_cache(maxsize=4096)
