@@ -37,8 +37,11 @@ PRICE_GAP = 1e-2
 """The same for the price of a layer, which only guides the choice of stages."""
 
 ROOM = 0.6
-"""Share of the cluster's memory that state and one micro-batch's activations may fill before they are recomputed
-without trying to keep them: a pipeline holds several micro-batches at once."""
+"""Share of the cluster's memory that state and one micro-batch's activations may fill before activations are
+recomputed without trying to keep them: a pipeline holds several micro-batches at once."""
+
+WORTHWHILE = 0.05
+"""Seconds of work for all devices that make a micro-batch worth its latencies."""
 
 PATIENCE = 25.0
 """Seconds after which no further number of micro-batches is tried."""
@@ -172,7 +175,7 @@ def _auto(tracer: Tracer, cluster: Cluster, method: Auto, say: Say) -> Made:
         return _fitting(tracer, cluster, method, method.micro_batches, say)
     found: dict[int, Made | Exception] = {}
     began = time.monotonic()
-    for micro in _candidates(tracer.batch(), 4 * len(cluster.nodes), found):
+    for micro in _candidates(tracer.batch(), _likely(tracer, cluster), found):
         try:
             found[micro] = _fitting(tracer, cluster, method, micro, say)
         except (DoesNotFit, MixedExamples) as error:
@@ -197,6 +200,13 @@ def _best(found: dict[int, Made | Exception]) -> Made:
     return Made(
         replace(best.plan, notes=(*best.plan.notes, f"numbers of micro-batches tried: {tried}")), best.traced
     )
+
+
+def _likely(tracer: Tracer, cluster: Cluster) -> int:
+    """A number of micro-batches to begin with: each keeps the whole cluster busy for WORTHWHILE seconds."""
+    half = max((dtype for dtype, _ in cluster.nodes[0].device.flops), key=cluster.nodes[0].device.rate)
+    rate = sum(node.count * node.device.rate(half) for node in cluster.nodes)
+    return max(1, int(tracer.prepared(1).flops / rate / WORTHWHILE))
 
 
 def _candidates(batch: int, first: int, found: Mapping[int, Made | Exception]) -> Iterator[int]:

@@ -23,6 +23,7 @@ from autopar.trace.scans import CutScans, cut_scans
 from autopar.trace.staging import Staged, definition, stage
 from autopar.trace.state import Roles, roles
 from autopar.trace.traced import Assign, Leaf, Traced
+from autopar.trace.work import flops
 
 RULES = RuleBook()
 """What Shardy has been asked so far in this process; pass another RuleBook to `capture` to start afresh."""
@@ -156,6 +157,12 @@ class Prepared:
     cut: CutScans
     analysis: Analysis | None
     index: Var | None
+
+    @property
+    def flops(self) -> float:
+        """The step's floating-point operations for one micro-batch; a backward counts twice its forward."""
+        ahead = set(gradient.gradient_equations(self.cut.flat))
+        return sum(flops(e) * (3 if i in ahead else 1) for i, e in enumerate(self.cut.flat.equations))
 
 
 def _cut_batch(
