@@ -1,6 +1,10 @@
 """Eight host devices for every test, compiled quickly rather than well; set before JAX is imported."""
 
+import importlib.metadata
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones no longer know the flag
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # they make faster code, but compile half as fast
+os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 os.environ["JAX_PLATFORMS"] = "cpu"
