@@ -18,13 +18,13 @@ setup: .venv/.ready ## make .venv with the pinned install
 	@touch $@
 
 quickstart: setup ## plan and train a small GPT over an emulated mixed cluster (about five minutes)
-	$(BIN)/python examples/quickstart.py
+	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python examples/quickstart.py
 
 test: setup ## lint, types and the tests (under 20 minutes on 2 cores)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: setup ## every test, the slow ones too
 	$(BIN)/python -m pytest

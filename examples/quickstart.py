@@ -23,7 +23,7 @@ from autopar.models.text import ByteDataset, standard_library
 
 CONFIG = gpt.GPTConfig(vocabulary=256, positions=64, layers=8, hidden=256, heads=4)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, weight_decay=0.01))
-CONSOLE = Console(highlight=False)
+CONSOLE = Console(highlight=False, soft_wrap=True)
 
 
 class State(NamedTuple):
@@ -34,7 +34,7 @@ class State(NamedTuple):
 
 
 def train_step(state: State, batch: dict[str, Any]) -> tuple[State, Any]:
-    """An ordinary train step for one device; `ap.value_and_grad` is `jax.value_and_grad` that pipelines can cut."""
+    """An ordinary train step for one device; `ap.value_and_grad` is one that a pipeline can cut."""
     loss, gradient = ap.value_and_grad(lambda params: gpt.loss(CONFIG, params, batch))(state.params)
     updates, optimizer = OPTIMIZER.update(gradient, state.optimizer, state.params)
     return State(optax.apply_updates(state.params, updates), optimizer), loss
@@ -46,7 +46,7 @@ def initial_state() -> State:
 
 
 def train(name: str, step: Any, state: State, data: ByteDataset, steps: range) -> tuple[State, list[float]]:
-    """Runs `step` over the batches numbered `steps`, with a progress bar; returns the last state and the losses."""
+    """Runs `step` over the batches numbered `steps`; returns the last state and the losses."""
     losses: list[float] = []
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=CONSOLE) as progress:
@@ -63,7 +63,7 @@ def heading(text: str) -> None:
 
 
 def show_losses(curves: dict[str, list[float]]) -> float:
-    """Prints the losses side by side; returns the largest difference from the first column, relative to it."""
+    """Prints the losses side by side; returns the largest relative difference from the first column."""
     table = Table("step", *curves, show_edge=False)
     for i, row in enumerate(zip(*curves.values(), strict=True)):
         table.add_row(str(i + 1), *(f"{loss:.6f}" for loss in row))
@@ -87,21 +87,22 @@ def main() -> None:
     shapes = jax.eval_shape(initial_state)
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
     CONSOLE.print(
-        f"a GPT of {CONFIG.layers} blocks, {count / 1e6:.1f} M parameters, on bytes of Python's own standard library"
+        f"a GPT of {CONFIG.layers} blocks, {count / 1e6:.1f} M parameters, on Python's own standard library"
     )
 
     heading("2. A cluster of unlike GPUs, and one decorator")
     cluster = ap.Cluster.load(str(Path(__file__).parent / "mixed.yaml"))
     CONSOLE.print(str(cluster))
     best = ap.parallelize(train_step, cluster=cluster, method=ap.Auto(micro_batches=4)).plan(shapes, data[0])
-    step = ap.parallelize(train_step, cluster=cluster, method=ap.Auto(stages=3, micro_batches=4, whole_nodes=True))
+    method = ap.Auto(stages=3, micro_batches=4, whole_nodes=True)
+    step = ap.parallelize(train_step, cluster=cluster, method=method)
     plan = step.plan(shapes, data[0])
 
     heading("3. The plan")
     CONSOLE.print(
-        f"left to itself, autopar would run a model as small as this in {len(best.stages)} stage(s) on "
-        f"{' + '.join(str(s.mesh) for s in best.stages)} ({1e3 * best.step_time:.2f} ms a step); so that there is "
-        "something to see, the quickstart asks for three stages on whole nodes:\n"
+        f"left to itself, autopar would run a model as small as this on "
+        f"{' + '.join(str(s.mesh) for s in best.stages)} ({1e3 * best.step_time:.2f} ms a step); so that "
+        "there is something to see, the quickstart asks for three stages on whole nodes:\n"
     )
     print(plan)
     plan.save(out / "plan.json")

@@ -5,7 +5,8 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from autopar.runtime import reshard
 
@@ -54,5 +55,8 @@ def test_typed_keys_and_scalars_travel():
     here = NamedSharding(Mesh(np.array(jax.devices()[:4]), ("x",), axis_types=(AxisType.Auto,)), P())
     key, one = jax.device_put(jax.random.key(3), here), jax.device_put(np.float32(1), here)
     got = reshard.carrier([key, one], [whole, whole])([key, one])
-    assert got[0].dtype == key.dtype and (jax.random.key_data(got[0]) == jax.random.key_data(jax.random.key(3))).all()
+    assert (
+        got[0].dtype == key.dtype
+        and (jax.random.key_data(got[0]) == jax.random.key_data(jax.random.key(3))).all()
+    )
     assert got[1].sharding.device_set == set(jax.devices()[4:6])

@@ -53,7 +53,7 @@ def _built_in(name: str, cluster: room.Cluster, batch: int | None, sequence: int
     float16."""
     from autopar.models import catalog
 
-    half = any(node.device.supports("bfloat16") for node in cluster.nodes)
+    half = all(node.device.supports("bfloat16") for node in cluster.nodes)
     dtype = None if name.startswith("wresnet") else "bfloat16" if half else "float16"
     model = catalog.get(name, batch=batch, sequence=sequence, dtype=dtype, value_and_grad=value_and_grad)
     return model.step, model.args

@@ -39,7 +39,7 @@ def simulation(model: str, batch: int, devices: int, stages: str, micro_batches:
     cluster = room.Cluster((room.Node("here", device, devices),))
     console = Console()
     console.print(
-        f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}: {devices} busy host devices, each "
+        f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}: {devices} busy devices, each "
         f"{dict(device.flops)['float32'] / 1e9:.1f} GFLOP/s, {device.bandwidth / 1e9:.1f} GB/s, links "
         f"{device.link / 1e9:.2f} GB/s + {1e6 * device.link_latency:.0f} µs, launch {1e6 * launch:.0f} µs"
     )

@@ -56,7 +56,7 @@ class Collective:
 class LoopLayouts:
     """Layouts inside the body of one loop equation; value ids and equation indices are the body's own.
 
-    A body input is in its layout of `specs` when the body starts (for a carry that is also the layout in which
+    A body input is in its layout of `specs` when the body starts (for a carry also the layout in which
     every trip leaves it, and of the loop's result); a stacked result leaves the body in the layout of the
     loop's result without its first dim.
 
