@@ -103,7 +103,9 @@ INPUT = jnp.arange(6.0).reshape(2, 3) / 6
 
 def same(x, y):
     assert jax.tree.structure(x) == jax.tree.structure(y)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5) if a is not b else None, x, y)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6) if a is not b else None, x, y
+    )
 
 
 def test_eager_is_jax():

@@ -1,4 +1,4 @@
-"""What the command line does, as functions: targets to plans, the device table."""
+"""What the commands do, as functions: targets to plans, the device table."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def plan(target: str, cluster_text: str, json_path: str | None, picture: str | N
     TARGET is a built-in model (gpt-2.6b, moe-2.4b, wresnet-1b, opt-175b, …; `autopar models` lists them) or
     FILE.py:FUNCTION, where FILE also has a function FUNCTION_args() that returns the arguments' shapes.
     """
-    from autopar.api.commands import plan_target
+    from autopar.cli.commands import plan_target
 
     with _spinner() as say:
         found = plan_target(target, cluster_text, progress=say, **options)
@@ -164,7 +164,7 @@ def simulate(plan_file: str, trace: str | None, picture: str | None, as_json: bo
 @click.option("--json", "as_json", is_flag=True, help="print as JSON")
 def devices(as_json: bool) -> None:
     """Lists the device database and what this machine has."""
-    from autopar.api.commands import device_rows, local_devices
+    from autopar.cli.commands import device_rows, local_devices
 
     rows, here = device_rows(), local_devices()
     if as_json:
