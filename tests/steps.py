@@ -47,7 +47,7 @@ CONFIGS = {
     "gpt": (families.GPT, replace(PLAIN, dropout=0.1)),
     "gpt scan": (families.GPT, replace(PLAIN, scan_layers=True)),
     "gpt scan dropout": (families.GPT, replace(PLAIN, scan_layers=True, dropout=0.1)),
-    "moe": (families.MOE, moe.MoEConfig(layers=2, experts=4, expansion=2, balance_weight=0.01, **TEXT)),
+    "moe": (families.MOE, moe.MoEConfig(layers=LAYERS, experts=4, expansion=2, balance_weight=0.01, **TEXT)),
     "wresnet": (
         families.WIDE_RESNET,
         wide_resnet.WideResNetConfig(

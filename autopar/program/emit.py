@@ -54,6 +54,10 @@ class _Emitter:
         self.facts, self.plan, self.schedule = facts, facts.plan, schedule
         self.lists: list[list[Instruction]] = [[] for _ in schedule.tasks]
         self.have: list[set[Buffer]] = [set() for _ in schedule.tasks]  # received or copied so far, per stage
+        # Equal for every micro-batch, so found once: by segment (and receiver).
+        self._messages: dict[tuple[str, int], tuple[int, ...]] = {}
+        self._lasting: dict[str, list[int]] = {}
+        self._origins: dict[str, list[Segment]] = {}
         self.by_task = {(s.stage, s.phase): s for s in self.plan.segments if s.phase is not Phase.APPLY}
 
     # micro-batches
@@ -86,27 +90,36 @@ class _Emitter:
             if to != stage and (values := self._message(segment, to)):
                 buffers = tuple(facts.part(v, i) for v in values)
                 self.lists[stage].append(Send(buffers, to, f"{segment.name}>{to}.{i}"))
-        self._fold(stage, [v for v in segment.outputs if self._outlives(v, stage)], started, [i])
+        self._fold(stage, self._outliving(segment), started, [i])
+
+    def _outliving(self, segment: Segment) -> list[int]:
+        if segment.name not in self._lasting:
+            self._lasting[segment.name] = [v for v in segment.outputs if self._outlives(v, segment.stage)]
+        return self._lasting[segment.name]
 
     def _sources(self, segment: Segment) -> list[Segment]:
         """The micro-batch segments of other stages whose results this one reads."""
+        if segment.name in self._origins:
+            return self._origins[segment.name]
         found: dict[str, Segment] = {}
         for v in segment.inputs:
             makers = [m for m in self.facts.makers.get(v, ()) if m.phase is not Phase.APPLY]
             if makers and not self.facts.made_on(v, segment.stage):
                 found[makers[0].name] = makers[0]
-        return list(found.values())
+        return self._origins.setdefault(segment.name, list(found.values()))
 
     def _message(self, maker: Segment, to: int) -> tuple[int, ...]:
         """What the maker sends to a stage after each micro-batch: all that its forward and backward read."""
-        facts = self.facts
-        return tuple(
-            v
-            for v in maker.outputs
-            if not facts.made_on(v, to)
-            and facts.makers[v][0] == maker
-            and any(r.stage == to and r.phase is not Phase.APPLY for r in facts.readers.get(v, ()))
-        )
+        facts, key = self.facts, (maker.name, to)
+        if key not in self._messages:
+            self._messages[key] = tuple(
+                v
+                for v in maker.outputs
+                if not facts.made_on(v, to)
+                and facts.makers[v][0] == maker
+                and any(r.stage == to and r.phase is not Phase.APPLY for r in facts.readers.get(v, ()))
+            )
+        return self._messages[key]
 
     def _outlives(self, value: int, stage: int) -> bool:
         """Whether the micro-batch value is read after the micro-batches and this stage is where it is

@@ -101,9 +101,13 @@ class Facts:
 
     def combine(self, value: int) -> Combine:
         """Returns how the value's micro-batches are folded."""
-        known = dict(self.plan.combine)
-        assert value in known, f"value {value} is read after the micro-batches, but not how they combine"
-        return known[value]
+        known = self._combine.get(value)
+        assert known is not None, f"value {value} is read after the micro-batches, but not how they combine"
+        return known
+
+    @cached_property
+    def _combine(self) -> dict[int, Combine]:
+        return dict(self.plan.combine)
 
     def slot(self, value: int, stage: int) -> Slot:
         """Returns how a value is kept on a stage."""
