@@ -8,7 +8,7 @@ from functools import cached_property
 from autopar.core.graph import Combine, Phase, Value
 from autopar.core.mesh import Mesh
 from autopar.core.program import Segment
-from autopar.core.spec import Spec, text
+from autopar.core.spec import Spec
 
 VERSION = 1
 
@@ -237,13 +237,3 @@ class Plan:
 
     def with_timing(self, step_time: float, bubble: float) -> Plan:
         return replace(self, step_time=step_time, bubble=bubble)
-
-
-def describe(plan: ShardingPlan, values: dict[int, Value]) -> list[str]:
-    """Returns one line per named tensor: name, shape and layout."""
-    rows: list[str] = []
-    for v, spec in plan.specs:
-        value = values.get(v)
-        if value is not None and value.name:
-            rows.append(f"{value.name} {value} {text(spec)}")
-    return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from autopar.core.program import Buffer, Free, Instruction, Recv, Rename, Run, reads, writes
+from autopar.core.program import Buffer, Free, Instruction, Rename, Run, reads, writes
 
 
 def free(
@@ -33,8 +33,7 @@ def donate(instructions: Sequence[Instruction], replaced_by: dict[int, int]) -> 
     """Returns the instructions with the old state donated to the run that makes the new one.
 
     Only to the last instruction that reads it, and only if its replacement is among the run's outputs: then
-    layout
-    and size agree, and the new state is written over the old.
+    layout and size agree, and the new state is written over the old.
     """
     last: dict[Buffer, int] = {}
     for n, instruction in enumerate(instructions):
@@ -57,8 +56,3 @@ def _donated(run: Run, n: int, last: dict[Buffer, int], replaced_by: dict[int, i
 
 def _order(buffer: Buffer) -> tuple[int, int, str]:
     return buffer.value, -1 if buffer.microbatch is None else buffer.microbatch, buffer.role
-
-
-def received(instructions: Iterable[Instruction]) -> list[Buffer]:
-    """Returns every buffer that arrives from another stage."""
-    return [b for i in instructions if isinstance(i, Recv) for b in i.buffers]
