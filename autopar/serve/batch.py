@@ -42,7 +42,7 @@ class Logits(Protocol):
         ...
 
     def every(self) -> np.ndarray:
-        """Returns the logits of all new tokens, float32 `[rows, new, vocabulary]`; only if they were asked for."""
+        """Returns the logits of all new tokens, float32 `[rows, new, vocabulary]`; only if asked for."""
         ...
 
 
@@ -55,7 +55,7 @@ class Runner(Protocol):
         blocks: KV blocks there are, `SCRATCH` among them.
         max_length: longest sequence, prompt and answer together, in tokens.
         groups: steps that may be in flight at once (the stages of a pipeline).
-        row_buckets, new_buckets: sizes of `[rows, new]` that steps may have, ascending; decode steps have new = 1.
+        row_buckets, new_buckets: sizes of `[rows, new]` of steps, ascending; decode steps have new = 1.
         table_buckets: numbers of blocks a step's tables may have, ascending.
     """
 
@@ -73,7 +73,7 @@ class Runner(Protocol):
         ...
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies KV blocks, (from, to) each, before the next step: forked sequences part at a half-full block."""
+        """Copies KV blocks, (from, to) each, before the next step: forks part at a half-full block."""
         ...
 
     def close(self) -> None:
