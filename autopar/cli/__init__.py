@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 BENCHES = {
+    "plans": "autopar.bench.plans:plans",
     "simulation": "autopar.bench.simulation:simulation",
     "solver": "autopar_solver.bench:bench_command",
     "stages": "autopar_solver.stage_dp_bench:stage_bench_command",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from autopar.core.graph import OpKind
@@ -43,23 +43,35 @@ def collective(grid: Grid, kind: str, axes: tuple[int, ...]) -> Price:
     what is left), so that one collective
     over two axes and two nested ones cost the same.
     """
+    parts = tuple(legs(grid, kind, axes))
+    return Price(sum(p.fixed for p in parts), sum(p.per_byte for p in parts), sum(p.wire for p in parts))
+
+
+class Leg(NamedTuple):
+    """What a collective does on one axis: the terms of its `Price`."""
+
+    axis: int
+    fixed: float
+    per_byte: float
+    wire: float
+
+
+def legs(grid: Grid, kind: str, axes: tuple[int, ...]) -> Iterator[Leg]:
+    """Yields a collective's terms per axis, the fastest axis first; a permute counts on its slowest axis."""
     if kind == SLICE or not axes:
-        return Price(0.0, 0.0, 0.0)
+        return
     if kind == PERMUTE:
-        slowest = min(grid.bandwidth[a] for a in axes)
-        return Price(max(grid.latency[a] for a in axes), 1 / slowest, 1.0)
-    fixed = per_byte = wire = 0.0
+        slowest = min(axes, key=lambda a: grid.bandwidth[a])
+        yield Leg(slowest, max(grid.latency[a] for a in axes), 1 / grid.bandwidth[slowest], 1.0)
+        return
     left = 1.0
     for a in sorted(axes, key=lambda a: -grid.bandwidth[a]):
         n = grid.sizes[a]
         twice = 2 if kind == ALL_REDUCE else 1
         sent = twice * (n - 1) / n * left
-        fixed += twice * math.ceil(math.log2(n)) * grid.latency[a]
-        per_byte += sent / grid.bandwidth[a]
-        wire += sent
+        yield Leg(a, twice * math.ceil(math.log2(n)) * grid.latency[a], sent / grid.bandwidth[a], sent)
         if kind != ALL_TO_ALL:
             left /= n
-    return Price(fixed, per_byte, wire)
 
 
 def compute(

@@ -1,0 +1,217 @@
+"""One cell of the plan benchmark: a model on a mesh, the automatic plan beside every expert's."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from autopar.api.tracing import Tracer
+from autopar.bench.experts import Expert, experts
+from autopar.bench.plan_cases import Case
+from autopar.bench.score import Score, predicted_wire, score
+from autopar.core.errors import PlanError
+from autopar.core.graph import Graph, Phase
+from autopar.core.mesh import Mesh
+from autopar.core.plan import ShardingPlan
+from autopar.core.program import Segment
+from autopar.runtime.layout import jax_mesh
+from autopar.runtime.lower import Lowered, lower
+from autopar.runtime.segments import Compiled
+from autopar.sharding import plan as intra
+from autopar.sharding.grid import grid_of
+from autopar.sharding.options import Options
+from autopar.sharding.pins import Pins
+from autopar.sharding.resharding import divisible, fits
+from autopar.stages.offers import replacements
+from autopar.trace.traced import Traced
+
+AS_WRITTEN, COMPLETED = "as written", "rest planned"
+STRUCTURE = {
+    "xla_disable_hlo_passes": "cpu-all-reduce-combiner",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}
+"""How programs are compiled to be read: collectives apart, the schedule that needs least memory, and machine
+code in a hurry. The instructions are those of a full compilation."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan of a cell.
+
+    Attributes:
+        name: "automatic", or the expert's. variant: who chose what the expert's layouts leave open.
+        score: of the compiled program.
+        wire, peak, seconds: what the plan predicts; None where the partitioner chose.
+        planning, compiling: seconds they took.
+        step: measured seconds on host devices, or None.
+    """
+
+    name: str
+    variant: str
+    score: Score
+    wire: dict[str, float] | None = None
+    peak: int | None = None
+    seconds: float | None = None
+    planning: float = 0.0
+    compiling: float = 0.0
+    step: float | None = None
+    status: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model on a mesh. failed: (expert, why it could not be judged)."""
+
+    model: str
+    mesh: str
+    automatic: Row
+    experts: tuple[Row, ...]
+    failed: tuple[tuple[str, str], ...]
+
+    @property
+    def best(self) -> Row:
+        return min(self.experts, key=lambda row: row.score.seconds)
+
+    @property
+    def ratio(self) -> float:
+        """Automatic over best expert, by the one measure."""
+        return self.automatic.score.seconds / self.best.score.seconds
+
+
+@dataclass
+class Bench:
+    """A traced model on a mesh, ready to be planned and compiled in several ways."""
+
+    case: Case
+    mesh: Mesh
+    traced: Traced
+    steps: int = 0
+    seconds: float = 10.0
+    gap: float = 1e-3
+
+    @classmethod
+    def of(cls, case: Case, mesh: Mesh, steps: int = 0) -> Bench:
+        traced = Tracer(case.step.step, case.step.args, {}, layer_scans=False)(1, False)
+        return cls(case, mesh, traced, steps)
+
+    @property
+    def graph(self) -> Graph:
+        return self.traced.graph
+
+    def options(self, pins: Pins = ()) -> Options:
+        types = replacements(self.mesh.device, self.graph)
+        return Options(
+            pinned=pins, gap=self.gap, seconds=self.seconds, dtypes=types.dtypes, products=types.products
+        )
+
+    def automatic(self) -> Row:
+        """Returns the row of the planner's own plan."""
+        return self.planned("automatic", "", ())
+
+    def planned(self, name: str, variant: str, pins: Pins) -> Row:
+        """Returns the row of the best plan with these layouts pinned."""
+        start = time.perf_counter()
+        every = range(len(self.graph.equations))
+        found = intra.plan(self.graph, every, self.mesh, self.options(pins))
+        row = self._compiled(name, variant, found, time.perf_counter() - start)
+        return replace(
+            row,
+            wire=predicted_wire(found),
+            peak=found.memory.peak,
+            seconds=found.objective,
+            status=found.status,
+        )
+
+    def written(self, expert: Expert, pins: Pins) -> Row:
+        """Returns the row of an expert's layouts, everything else chosen by the partitioner."""
+        return self._compiled(expert.name, AS_WRITTEN, bare(self.graph, self.mesh, pins), 0.0)
+
+    def judge(self, expert: Expert) -> Iterator[Callable[[], Row]]:
+        """Yields what gives the expert's two rows."""
+        pins = keepable(self.graph, self.mesh, expert.pins(self.graph, self.mesh, self.case.hidden))
+        yield lambda: self.written(expert, pins)
+        yield lambda: self.planned(expert.name, COMPLETED, pins)
+
+    def _compiled(self, name: str, variant: str, found: ShardingPlan, planning: float) -> Row:
+        start = time.perf_counter()
+        lowered = lower(self.traced, step_segment(self.graph), found, jax_mesh(self.mesh, self._devices))
+        donated = tuple(sorted({i for _, i in self.graph.aliases}))
+        jitted = Compiled(lowered, donated).jitted
+        ready = jitted.lower(*lowered.inputs)  # type: ignore[attr-defined]
+        program = ready.compile(compiler_options=STRUCTURE)
+        spent = time.perf_counter() - start
+        measured = timed(ready.compile(), lowered, self.steps) if self.steps else None
+        return Row(
+            name, variant, score(program, self.mesh), planning=planning, compiling=spent, step=measured
+        )
+
+    @property
+    def _devices(self) -> list[Any]:
+        return jax.devices()[: self.mesh.size]
+
+
+def cell(case: Case, mesh: Mesh, label: str, steps: int, say: Callable[[str], None]) -> Cell:
+    """Returns the comparison of a model's plans on a mesh."""
+    bench = Bench.of(case, mesh, steps)
+    say(f"{case.name} on {label}: automatic")
+    automatic = bench.automatic()
+    rows: list[Row] = []
+    failed: list[tuple[str, str]] = []
+    for expert in experts(mesh, case.mixture):
+        for run in bench.judge(expert):
+            say(f"{case.name} on {label}: {expert.name}")
+            try:
+                rows.append(run())
+            except PlanError as error:
+                failed.append((expert.name, str(error)))
+    return Cell(case.name, label, automatic, tuple(rows), tuple(failed))
+
+
+def step_segment(graph: Graph) -> Segment:
+    """Returns the whole step as one program."""
+    outputs = tuple(dict.fromkeys(v for v in graph.outputs if v is not None))
+    every = tuple(range(len(graph.equations)))
+    return Segment("step", 0, Phase.FORWARD, 0, every, (*graph.inputs, *graph.constants), outputs)
+
+
+def bare(graph: Graph, mesh: Mesh, pins: Pins) -> ShardingPlan:
+    """Returns a plan that says the pinned layouts and nothing else; new state lies as the old did."""
+    specs = dict(pins)
+    for output, position in graph.aliases:
+        new, old = graph.outputs[output], graph.inputs[position]
+        if new is not None and old in specs:
+            specs[new] = specs[old]
+    memory = intra.Memory(0, 0, 1, 0, mesh.device.memory)
+    return ShardingPlan(mesh, tuple(specs.items()), (), (), 0.0, 0.0, 0.0, memory, (), 0.0, 0.0, "written")
+
+
+def keepable(graph: Graph, mesh: Mesh, pins: Pins) -> Pins:
+    """Returns the pins whose axes divide their dims."""
+    grid = grid_of(mesh)
+    return tuple(
+        (v, spec) for v, spec in pins if fits(grid.layout(spec), divisible(graph.values[v].shape, grid))
+    )
+
+
+def timed(program: Any, lowered: Lowered, steps: int) -> float:
+    """Returns the median seconds of a call on host devices, donated arguments made anew each time."""
+    times: list[float] = []
+    for _ in range(steps + 1):
+        arrays = [_zeros(x) for x in lowered.inputs]
+        jax.block_until_ready(arrays)
+        start = time.perf_counter()
+        jax.block_until_ready(program(*arrays))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def _zeros(x: jax.ShapeDtypeStruct) -> Any:
+    return jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
