@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from autopar.core.plan import Plan
 from autopar.core.program import Buffer, Program
 from autopar.core.timeline import Timeline
+from autopar.runtime.fill import Fillers
 
 Array = Any
 
@@ -49,6 +50,22 @@ class Session(Protocol):
 
     def load(self, stage: int, arrays: Mapping[Buffer, Array], donate: bool = False) -> None:
         """Puts arrays (numpy or JAX, any layout) into a stage's buffers, as copies unless `donate`."""
+        ...
+
+    def make(self, stage: int, fillers: Fillers) -> None:
+        """Makes arrays in a stage's buffers where they live: zeros, or each device's slice read there."""
+        ...
+
+    def sibling(self, plan: Plan, program: Program, traced: Any, names: Mapping[Buffer, Buffer]) -> Session:
+        """Returns a session of another program on the same devices, which shares state with this one.
+
+        What one of them leaves in the shared buffers the other finds there. Closing this one closes both.
+
+        Args:
+            plan, program, traced: with the same stages and meshes.
+            names: state buffer of the other program → the buffer of this session that it is; both keep it in
+                the same layout.
+        """
         ...
 
     def step(self, feeds: Sequence[Mapping[Buffer, Array]]) -> None:

@@ -26,9 +26,11 @@ from autopar.program import check
 from autopar.program.walk import Walk
 from autopar.runtime import layout
 from autopar.runtime.backend import StageMemory
+from autopar.runtime.fill import Fillers, fill
 from autopar.runtime.interpreter import Interpreter
 from autopar.runtime.layout import JaxDevice
 from autopar.runtime.lower import lower
+from autopar.runtime.pool import Pool
 from autopar.runtime.segments import Compiled, consumed, donations, read_once, slots
 from autopar.runtime.transfer import LocalTransport, own, share
 
@@ -64,7 +66,7 @@ class InProcessSession:
     local = True
 
     def __init__(self, plan: Plan, program: Program, traced: Any, devices: Sequence[JaxDevice]):
-        self.plan, self.program = plan, program
+        self.plan, self.program, self._devices = plan, program, devices
         self.meshes = _split(plan.stages, devices)
         self._slots = [slots(stage, worker) for stage, worker in zip(plan.stages, program)]
         self.segments = self._lower(traced)
@@ -75,6 +77,20 @@ class InProcessSession:
             Interpreter(worker, self.segments, self.transport.post(s), lambda b, s=s: self.sharding(s, b))
             for s, worker in enumerate(program)
         ]
+        self._pools = [Pool(interpreter) for interpreter in self.interpreters]
+
+    def sibling(
+        self, plan: Plan, program: Program, traced: Any, names: Mapping[Buffer, Buffer]
+    ) -> InProcessSession:
+        other = InProcessSession(plan, program, traced, self._devices)
+        for pool, interpreter in zip(self._pools, other.interpreters, strict=True):
+            pool.join(interpreter, names)
+        other._pools = self._pools
+        return other
+
+    def _take(self) -> None:
+        for pool, interpreter in zip(self._pools, self.interpreters):
+            pool.take(interpreter)
 
     def _lower(self, traced: Any) -> dict[str, Compiled]:
         lowered: dict[str, Compiled] = {}
@@ -95,6 +111,7 @@ class InProcessSession:
     # -- the session protocol
 
     def load(self, stage: int, arrays: Mapping[Buffer, Array], donate: bool = False) -> None:
+        self._take()
         mine = {b: x for b, x in arrays.items() if b in self._consumed[stage] or not isinstance(x, jax.Array)}
         shared = {b: x for b, x in arrays.items() if b not in mine}
         for part, place in ((mine, functools.partial(own, donate=donate)), (shared, share)):
@@ -103,7 +120,14 @@ class InProcessSession:
             cast = [x if x.dtype == dtype else x.astype(dtype) for x, dtype in zip(part.values(), kept)]
             self.interpreters[stage].load(dict(zip(part, place(cast, shardings))))
 
+    def make(self, stage: int, fillers: Fillers) -> None:
+        self._take()
+        for buffer, read in fillers.items():
+            made = fill(self.slot(stage, buffer), self.sharding(stage, buffer), read)
+            self.interpreters[stage].load({buffer: made})
+
     def step(self, feeds: Sequence[Mapping[Buffer, Array]]) -> None:
+        self._take()
         self._feed(feeds)
         done = 0
         try:
@@ -116,6 +140,7 @@ class InProcessSession:
             raise
 
     def measure(self, feeds: Sequence[Mapping[Buffer, Array]]) -> Timeline:
+        self._take()
         self._feed(feeds)
         jax.block_until_ready([interpreter.live() for interpreter in self.interpreters])
         self.transport.patience = PATIENCE
@@ -133,6 +158,7 @@ class InProcessSession:
         get = self.interpreters[stage].getter(buffers)
 
         def fetch() -> Callable[[], Sequence[Array]]:
+            self._take()
             arrays = get()
             return lambda: arrays
 

@@ -90,6 +90,14 @@ class Interpreter:
         get = self._get(buffers)
         return lambda: get(self._registers)
 
+    def place(self, buffer: Buffer) -> int:
+        """Returns the register of a buffer."""
+        return self._index[buffer]
+
+    def take(self, place: int, other: Interpreter, source: int) -> None:
+        """Moves what another interpreter of this worker has in a register into one of this one."""
+        self._registers[place], other._registers[source] = other._registers[source], None
+
     def live(self) -> list[Array]:
         """Returns every array held."""
         return [x for x in jax.tree.leaves(self._registers) if x is not None]
