@@ -1,0 +1,383 @@
+"""What runs next: who is admitted, which rows make up a step, who gives way when blocks run out."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.core.errors import BadInput
+from autopar.serve.batch import Runner, StepBatch
+from autopar.serve.blocks import BlockManager
+from autopar.serve.fair import ANSWER_COST, PROMPT_COST, FairQueue
+from autopar.serve.sequence import Job, Sequence
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence's part of a step.
+
+    Attributes:
+        start: index of the first token computed. length: how many are.
+        epoch: the sequence's when the step was made; if it differs later, the result is stale.
+        samples: whether the next token is to be chosen from the row's last logits.
+    """
+
+    sequence: Sequence
+    epoch: int
+    start: int
+    length: int
+    samples: bool
+
+    @property
+    def fresh(self) -> bool:
+        """Returns whether the sequence still holds the blocks that it had."""
+        return self.epoch == self.sequence.epoch
+
+
+@dataclass(frozen=True)
+class Step:
+    """Rows to run together, as a batch; `copies` of blocks come before; `every`: all logits are wanted."""
+
+    rows: tuple[Row, ...]
+    batch: StepBatch
+    copies: tuple[tuple[int, int], ...]
+    every: bool
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes that a runner has ready, and how they are used.
+
+    Attributes:
+        rows, new, tables: bucket sizes, ascending; new: those of prefill steps, above 1.
+        budget: most padded tokens (rows × new) of a prefill step; one row is always allowed.
+        groups: steps in flight at once.
+    """
+
+    rows: tuple[int, ...]
+    new: tuple[int, ...]
+    tables: tuple[int, ...]
+    budget: int
+    groups: int
+
+    @staticmethod
+    def of(runner: Runner, budget: int | None = None) -> Shapes:
+        """Returns a runner's shapes; the budget is by default its longest chunk or its most rows."""
+        budget = budget or max(runner.new_buckets[-1], runner.row_buckets[-1])
+        new = tuple(size for size in runner.new_buckets if size > 1)  # of prefill steps
+        if not new:
+            raise BadInput("the runner has no bucket for more than one new token; it needs one for prompts")
+        return Shapes(runner.row_buckets, new, runner.table_buckets, budget, runner.groups)
+
+
+def bucket(sizes: tuple[int, ...], size: int) -> int:
+    """Returns the smallest of the ascending `sizes` that is no less than `size`."""
+    return sizes[bisect_left(sizes, size)]
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.job.order, sequence.index
+
+
+class Scheduler:
+    """Makes steps of sequences.
+
+    Waiting sequences are admitted while rows and blocks for their whole prompts are there, preempted ones
+    before new ones, new ones by fair shares. Steps of several new tokens per row (prefill, in chunks) and
+    steps of one (decode) take turns. With several groups each step takes its share of the rows, the longest
+    unserved first, so that as many steps as there are groups can be in flight. A sequence that needs a block
+    when none is left takes those of the latest arrival, which goes back to waiting and is computed anew
+    (mostly from the prefix cache).
+
+    Attributes:
+        running: admitted sequences by arrival. preemptions: how many times one had to give way.
+        queued_tokens: tokens of the requests that have not been admitted, prompts and longest answers.
+    """
+
+    def __init__(self, shapes: Shapes, blocks: BlockManager, weights: Mapping[str, float] | None = None):
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.queued_tokens = 0
+        self._shapes = shapes
+        self._blocks = blocks
+        self._queue: FairQueue[Sequence] = FairQueue(weights)
+        self._again: list[Sequence] = []  # preempted, by arrival; of beams only the first
+        self._admitted: list[Job] = []
+        self._turn = 0
+        self._prefilled = False  # whether the last step was a prefill step
+
+    @property
+    def most_rows(self) -> int:
+        """Returns how many rows a step may have."""
+        return self._shapes.rows[-1]
+
+    @property
+    def queued(self) -> int:
+        """Returns how many requests have not been admitted yet."""
+        return len(self._queue)
+
+    @property
+    def waiting(self) -> int:
+        """Returns how many sequences wait, preempted ones among them."""
+        return len(self._queue) + len(self._again)
+
+    @property
+    def idle(self) -> bool:
+        """Returns whether there is nothing to do."""
+        return not self.running and not self.waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Adds a new sequence to those waiting."""
+        self._queue.push(sequence.job.request.key, sequence.job.order, sequence)
+        self.queued_tokens += sequence.job.tokens
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Adds a fork, which holds blocks already, to those running."""
+        insort(self.running, sequence, key=_order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Lets go of a sequence wherever it is; its blocks are dropped."""
+        if sequence.running:
+            self._release(sequence)
+            return
+        if sequence in self._again:
+            self._again.remove(sequence)
+        elif self._queue.remove(sequence.job.request.key, sequence):
+            self.queued_tokens -= sequence.job.tokens
+        sequence.epoch += 1
+
+    def take_admitted(self) -> list[Job]:
+        """Returns the jobs that were admitted since the last call."""
+        admitted, self._admitted = self._admitted, []
+        return admitted
+
+    def jobs_waiting(self) -> list[Job]:
+        """Returns the jobs that have not been admitted yet, by arrival."""
+        return [sequence.job for sequence in self._queue.items()]
+
+    def schedule(self) -> Step | None:
+        """Returns the next step, its sequences advanced as if it were done; None if nothing can run now."""
+        self._admit()
+        kinds = (self._decode, self._prefill) if self._prefilled else (self._prefill, self._decode)
+        for kind in kinds:
+            step = kind()
+            if step is not None:
+                self._prefilled = kind == self._prefill
+                return step
+        return None
+
+    # --- admission and release
+
+    def _admit(self) -> None:
+        limit = self._shapes.rows[-1] * self._shapes.groups
+        rows = sum(self._width(sequence) for sequence in self.running)
+        while True:
+            head = self._again[0] if self._again else self._queue.peek()
+            if head is None:
+                return
+            unit = head.job.sequences if head.job.lockstep else [head]
+            width = sum(self._width(sequence) for sequence in unit)
+            if rows and rows + width > limit:
+                return
+            if not self._fits(unit):
+                return
+            if self._again:
+                self._again.pop(0)
+            else:
+                self.queued_tokens -= self._queue.pop().job.tokens
+            rows += width
+            for sequence in unit:
+                self._start(sequence)
+
+    @staticmethod
+    def _width(sequence: Sequence) -> int:
+        """Rows that a sequence takes, or will once its answers part."""
+        return sequence.job.request.sampling.width if not sequence.job.answers else 1
+
+    def _prefix(self, sequence: Sequence) -> list[int]:
+        """The kept blocks that a sequence can start from; its last token is always computed."""
+        if sequence.job.request.sampling.prompt_logprobs is not None and not sequence.job.answers:
+            return []  # the logits of the whole prompt are wanted
+        size = self._blocks.block_size
+        return self._blocks.find(sequence.digest((len(sequence.tokens) - 1) // size, size))
+
+    def _fits(self, unit: Iterable[Sequence]) -> bool:
+        """Whether there are blocks for all tokens so far, and one more for each that runs."""
+        needed = 0
+        for sequence in unit:
+            found = self._prefix(sequence)
+            needed += self._count(len(sequence.tokens)) - len(found) + self._blocks.kept_among(found)
+        spare = len(self.running)
+        return needed + spare <= self._blocks.available
+
+    def _count(self, tokens: int) -> int:
+        return -(-tokens // self._blocks.block_size)
+
+    def _start(self, sequence: Sequence) -> None:
+        found = self._prefix(sequence)
+        self._blocks.share(found)
+        sequence.append_blocks(found)
+        sequence.computed = len(found) * self._blocks.block_size
+        for _ in range(self._count(len(sequence.tokens)) - len(found)):
+            sequence.append_blocks([self._blocks.take()])
+        if sequence.job.cached is None:
+            sequence.job.cached = sequence.computed
+            sequence.job.admitted = time.monotonic()
+            self._admitted.append(sequence.job)
+            self._blocks.queries += len(sequence.tokens)
+            self._blocks.hits += sequence.computed
+        sequence.running = True
+        insort(self.running, sequence, key=_order)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._blocks.drop(sequence.blocks)
+        sequence.held = sequence.computed = 0
+        sequence.epoch += 1
+        sequence.pending = sequence.running = False
+        self.running.remove(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Sends a sequence, with the beams beside it, back to waiting."""
+        unit = sequence.job.sequences if sequence.job.lockstep else [sequence]
+        for each in unit:
+            self._release(each)
+        insort(self._again, unit[0], key=_order)
+        self.preemptions += 1
+
+    # --- steps
+
+    def _prefill(self) -> Step | None:
+        chosen: list[tuple[Sequence, int]] = []
+        new = 0
+        for sequence in self.running:
+            size = self._chunk(sequence)
+            if size == 0:
+                continue
+            wanted = max(new, bucket(self._shapes.new, min(size, self._shapes.new[-1])))
+            fitting = min(wanted, self._longest_chunk(len(chosen) + 1))
+            if fitting < max(new, 1):  # one row more would shorten the others' chunks
+                break
+            new = fitting
+            chosen.append((sequence, size))
+            if len(chosen) == self._shapes.rows[-1]:
+                break
+        if not chosen:
+            return None
+        return self._make([(sequence, min(size, new)) for sequence, size in chosen], [], new)
+
+    def _longest_chunk(self, rows: int) -> int:
+        """New tokens per row that so many rows may have; 0 if the budget allows none."""
+        padded = bucket(self._shapes.rows, rows)
+        fitting = [new for new in self._shapes.new if new * padded <= self._shapes.budget]
+        return fitting[-1] if fitting else self._shapes.new[0] if rows == 1 else 0
+
+    @staticmethod
+    def _chunk(sequence: Sequence) -> int:
+        """Tokens of a sequence that a prefill step could compute; the last of beams waits for the others."""
+        if sequence.pending or sequence.remaining == 1:
+            return 0
+        return sequence.remaining - 1 if sequence.job.lockstep else sequence.remaining
+
+    def _decode(self) -> Step | None:
+        chosen: list[Sequence] = []
+        copies: dict[Sequence, tuple[int, int]] = {}
+        for sequence in self._pick():
+            if not sequence.running:  # preempted by one before it
+                continue
+            chosen.append(sequence)
+            self._make_room(sequence, copies)
+        chosen = [sequence for sequence in chosen if sequence.running]
+        if not chosen:
+            return None
+        return self._make([(s, 1) for s in chosen], [copies[s] for s in chosen if s in copies], 1)
+
+    def _pick(self) -> list[Sequence]:
+        """The sequences of the next decode step, by arrival."""
+        ready = [s for s in self.running if not s.pending and s.remaining == 1]
+        if any(s.job.lockstep for s in ready):
+            able = set(ready)
+            ready = [s for s in ready if not s.job.lockstep or able.issuperset(s.job.sequences)]
+        share = min(-(-len(self.running) // self._shapes.groups), self._shapes.rows[-1])
+        if len(ready) <= share:
+            return ready
+        ready.sort(key=lambda s: (s.turn, _order(s)))
+        chosen: dict[Sequence, None] = {}
+        for sequence in ready:
+            unit = sequence.job.sequences if sequence.job.lockstep else [sequence]
+            if sequence not in chosen and (not chosen or len(chosen) + len(unit) <= share):
+                chosen.update(dict.fromkeys(unit))
+        return sorted(chosen, key=_order)
+
+    def _make_room(self, sequence: Sequence, copies: dict[Sequence, tuple[int, int]]) -> None:
+        """Gives a sequence a block of its own for its next token, at the cost of later ones if need be."""
+        at = sequence.computed // self._blocks.block_size
+        while True:
+            shared = at < sequence.held and self._blocks.references(int(sequence.table[at])) > 1
+            if at < sequence.held and not shared:
+                return
+            if self._blocks.available:
+                break
+            self._preempt(self.running[-1])
+            if not sequence.running:
+                return
+        own = self._blocks.take()
+        if shared:
+            old = int(sequence.table[at])
+            copies[sequence] = (old, own)
+            self._blocks.drop([old])
+            sequence.table[at] = own
+        else:
+            sequence.append_blocks([own])
+
+    def _make(self, chosen: list[tuple[Sequence, int]], copies: list[tuple[int, int]], new: int) -> Step:
+        self._turn += 1
+        batch = self._batch(chosen, new)
+        rows = tuple([self._advance(sequence, length) for sequence, length in chosen])
+        every = new > 1 and any(self._wants_every(row) for row in rows)
+        return Step(rows, batch, tuple(copies), every)
+
+    def _batch(self, chosen: list[tuple[Sequence, int]], new: int) -> StepBatch:
+        """The arrays of a step; new ones each time, as the runner may still be reading the last step's."""
+        rows = bucket(self._shapes.rows, len(chosen))
+        size = self._blocks.block_size
+        used = [-(-(sequence.computed + length) // size) for sequence, length in chosen]
+        tables = np.zeros((rows, bucket(self._shapes.tables, max(used))), np.int32)
+        tokens = np.zeros((rows, new), np.int32)
+        positions = np.zeros(rows, np.int32)
+        lengths = np.zeros(rows, np.int32)
+        positions[: len(chosen)] = [sequence.computed for sequence, _ in chosen]
+        lengths[: len(chosen)] = [length for _, length in chosen]
+        for row, (sequence, length) in enumerate(chosen):
+            start = sequence.computed
+            tokens[row, :length] = sequence.tokens[start : start + length]
+            tables[row, : used[row]] = sequence.table[: used[row]]
+        return StepBatch(tokens, positions, lengths, tables)
+
+    def _advance(self, sequence: Sequence, length: int) -> Row:
+        start = sequence.computed
+        sequence.computed += length
+        sequence.turn = self._turn
+        samples = sequence.remaining == 0
+        sequence.pending = samples
+        self._publish(sequence, start)
+        self._queue.charge(sequence.job.request.key, PROMPT_COST * length if length > 1 else ANSWER_COST)
+        return Row(sequence, sequence.epoch, start, length, samples)
+
+    def _publish(self, sequence: Sequence, start: int) -> None:
+        """Makes blocks that became full findable: steps take effect in order, so later ones can read them."""
+        size = self._blocks.block_size
+        first, last = start // size, sequence.computed // size
+        if first < last:
+            digests = sequence.digest(last, size)
+            for at in range(first, last):
+                self._blocks.publish(int(sequence.table[at]), digests[at])
+
+    @staticmethod
+    def _wants_every(row: Row) -> bool:
+        job = row.sequence.job
+        wanted = job.request.sampling.prompt_logprobs is not None and not job.answers
+        return wanted and row.start < row.sequence.prompt - 1

@@ -1,0 +1,147 @@
+"""A model for tests of the engine: its logits depend on the whole history as the KV blocks hold it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from autopar.serve.batch import SCRATCH, StepBatch
+
+UNWRITTEN = -1
+
+
+def history_logits(history: np.ndarray, vocabulary: int, sharpness: float = 3.0) -> np.ndarray:
+    """Logits that differ for every history: a hash of it seeds them."""
+    seed = 1469598103934665603
+    for token in history.tolist():
+        seed = ((seed ^ (token + 1)) * 1099511628211) % 2**64
+    return (np.random.Generator(np.random.Philox(seed)).standard_normal(vocabulary) * sharpness).astype(
+        np.float32
+    )
+
+
+class FakeLogits:
+    """Results that are computed when the step is started and counted when they are fetched."""
+
+    def __init__(self, runner: FakeRunner, last: np.ndarray, every: np.ndarray | None):
+        self._runner, self._last, self._every = runner, last, every
+
+    def _wait(self) -> None:
+        if self._runner.fail_wait:
+            raise RuntimeError(self._runner.fail_wait)
+        if not self._runner.gate.is_set():
+            self._runner.gate.wait(10)
+
+    def greedy(self) -> np.ndarray:
+        self._wait()
+        return self._last.argmax(1).astype(np.int32)
+
+    def last(self) -> np.ndarray:
+        self._wait()
+        self._runner.transfers += 1
+        return self._last
+
+    def every(self) -> np.ndarray:
+        self._wait()
+        assert self._every is not None, "only if it was asked for"
+        return self._every
+
+
+@dataclass
+class FakeRunner:
+    """Stores each token in its block at its place and hashes what it finds there.
+
+    Wrong tables, lengths or copies and blocks that are taken too early change the logits.
+
+    Attributes:
+        transfers: times that logits were fetched. steps: shapes of the steps run. closed: whether it was.
+        fail_run, fail_wait: raise this when a step is started or waited for. gate: cleared holds results back.
+        delay: seconds per step.
+    """
+
+    vocabulary: int = 50
+    block_size: int = 4
+    blocks: int = 33
+    max_length: int = 64
+    groups: int = 1
+    row_buckets: tuple[int, ...] = (1, 2, 4, 8)
+    new_buckets: tuple[int, ...] = (1, 4, 16)
+    table_buckets: tuple[int, ...] = (2, 4, 8, 16)
+    delay: float = 0.0
+    fail_run: str = ""
+    fail_wait: str = ""
+    transfers: int = 0
+    copied: int = 0
+    closed: bool = False
+    steps: list[tuple[int, int, int]] = field(default_factory=list)
+    gate: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+        self.pool = np.full((self.blocks, self.block_size), UNWRITTEN, np.int64)
+
+    def run(self, batch: StepBatch, every: bool = False) -> FakeLogits:
+        if self.fail_run:
+            raise RuntimeError(self.fail_run)
+        if self.delay:
+            time.sleep(self.delay)
+        rows, new = batch.tokens.shape
+        assert rows in self.row_buckets and new in self.new_buckets
+        assert batch.tables.shape[1] in self.table_buckets and batch.tables.shape[0] == rows
+        assert {batch.tokens.dtype, batch.positions.dtype, batch.lengths.dtype, batch.tables.dtype} == {
+            np.dtype(np.int32)
+        }
+        self.steps.append((rows, new, batch.tables.shape[1]))
+        self._write(batch)
+        last = np.zeros((rows, self.vocabulary), np.float32)
+        all_of_them = np.zeros((rows, new, self.vocabulary), np.float32) if every else None
+        for row in range(rows):
+            length, start = int(batch.lengths[row]), int(batch.positions[row])
+            if length == 0:
+                continue
+            history = self.pool[batch.tables[row]].reshape(-1)[: start + length]
+            assert (history != UNWRITTEN).all(), "reads what was never written"
+            last[row] = history_logits(history, self.vocabulary)
+            if all_of_them is not None:
+                for at in range(length):
+                    all_of_them[row, at] = history_logits(history[: start + at + 1], self.vocabulary)
+        return FakeLogits(self, last, all_of_them)
+
+    def _write(self, batch: StepBatch) -> None:
+        written: set[tuple[int, int]] = set()
+        for row in range(len(batch.lengths)):
+            for at in range(int(batch.lengths[row])):
+                block, offset = divmod(int(batch.positions[row]) + at, self.block_size)
+                place = int(batch.tables[row, block]), offset
+                assert place[0] != SCRATCH, "a real token is written to the scratch block"
+                assert place not in written, "two rows write to one place"
+                written.add(place)
+                self.pool[place] = batch.tokens[row, at]
+
+    def copy(self, pairs) -> None:
+        pairs = list(pairs)
+        targets = [target for _, target in pairs]
+        assert len(set(targets)) == len(targets) and SCRATCH not in targets
+        self.pool[targets] = self.pool[[source for source, _ in pairs]]
+        self.copied += len(pairs)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class ByteTokenizer:
+    """Token n is the byte n % 256; ids from 256 on are special and have no text."""
+
+    def decode(self, ids) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+def greedy_answer(prompt, count: int, vocabulary: int = 50) -> list[int]:
+    """What a model with `history_logits` answers greedily."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(history_logits(np.array(tokens), vocabulary).argmax()))
+    return tokens[len(prompt) :]
