@@ -28,6 +28,7 @@ class OpKind(enum.StrEnum):
     FUSED = "fused"  # elementwise: folded into its neighbours, never kept
     VIEW = "view"  # reshape, transpose, broadcast, cast: moves (almost) nothing
     MEMORY = "memory"  # reductions, gather, scatter, sort, concatenate…: writes its result
+    INDEXED = "indexed"  # gather, scatter, slices at an index: touches only the part that is indexed
     LOOP = "loop"  # has a body (scan)
     OPAQUE = "opaque"  # no rule: replicated, with a note
 

@@ -161,7 +161,7 @@ class Builder:
         if not nodes:
             return None
         written = sum(t.nbytes for t in op.results)
-        if op.kind is OpKind.MEMORY:
+        if op.kind in (OpKind.MEMORY, OpKind.INDEXED):
             free = not op.rule.fixed and not op.rule.reductions
             shrinks = bool(op.rule.reductions) and MINOR * written <= max(size.values())
             return next(iter(nodes.values())) if len(nodes) == 1 and (free or shrinks) else None

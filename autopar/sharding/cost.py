@@ -98,5 +98,18 @@ def compute(
         return FUSION * writes / bandwidth
     if kind is OpKind.CONTRACTION:
         return max(flops / rate, (sum(reads) + writes) / bandwidth)
+    if kind is OpKind.INDEXED:
+        return max(flops / rate, _indexed(reads, writes) / bandwidth)
     read = sum(r if reduces else min(r, writes) for r in reads)
     return max(flops / rate, (read + writes) / bandwidth)
+
+
+def _indexed(reads: Sequence[float], writes: float) -> float:
+    """Returns bytes moved where an index says which part of a table is read or written.
+
+    The table is the largest operand. What is read of it is as much as is written elsewhere; where it comes
+    back itself, as large as it was, it is changed in place by as much as the other operands hold.
+    """
+    table = max(reads, default=0.0)
+    others = sum(reads) - table
+    return 2 * others if writes >= table else others + 2 * writes

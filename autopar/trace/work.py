@@ -32,6 +32,7 @@ _VIEWS = frozenset(
         "transpose",
     }
 )
+_INDEXED = frozenset({"dynamic_slice", "dynamic_update_slice", "gather", "scatter"})
 _WRITES = frozenset(
     {"random_bits", "random_gamma", "random_split", "while", "cond"}
 )  # their rules look elementwise
@@ -48,6 +49,8 @@ def kind(equation: JaxprEqn, rule: Rule | None) -> OpKind:
         return OpKind.CONTRACTION
     if name in _VIEWS:
         return OpKind.VIEW
+    if name in _INDEXED:
+        return OpKind.INDEXED
     return OpKind.FUSED if name not in _WRITES and _is_elementwise(rule) else OpKind.MEMORY
 
 
