@@ -1,29 +1,30 @@
-"""Stand-ins for tests of serving: a tokenizer of bytes, an engine that tells a fixed story, a server in a thread."""
+"""Stand-ins for tests of serving: a byte tokenizer, an engine that tells a story, a server in a thread."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from autopar.serve.detokenize import Detokenizer, StopFinder
+from autopar.serve.batch import StepBatch
+from autopar.serve.engine import Engine
+from autopar.serve.engine import Options as EngineOptions
 from autopar.serve.http.app import create_app
 from autopar.serve.http.options import Options
 from autopar.serve.http.server import Server, bind
-from autopar.serve.request import FinishReason, Output, QueueFull, Request, TokenLogprob, Unavailable
-from autopar.serve.stream import Stream, wake
 
 EOS = 0
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('no role ' + m.role) }}{% endif %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{{ raise_exception('no role ' + m.role) }}{% endif %}<{{ m.role }}>{{ m.content }}{{ eos_token }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
@@ -40,111 +41,83 @@ def byte_tokenizer() -> Tokenizer:
 
 @dataclass
 class Story:
-    """An engine that answers everything with the same text, a token every `pace` seconds.
+    """A runner that foresees a text and `<eos>`, over and over: after n tokens comes the n-th.
 
     Attributes:
-        fails: what goes wrong at every request's third token. room: requests at most. live: those under way.
-        gate: while cleared, nothing goes on. prompts: of the requests so far.
+        text: the story. pace: seconds per step. gate: while cleared, steps wait. fault: raised by steps.
+        seen: tokens of each step, for tests to look at.
     """
 
     text: str = "It was the best of times."
     pace: float = 0.0
-    fails: str | None = None
-    room: int = 100
-    failure: str | None = None
-    live: dict[str, threading.Event] = field(default_factory=dict)
     gate: threading.Event = field(default_factory=threading.Event)
-    requests: list[Request] = field(default_factory=list)
+    fault: Exception | None = None
+    seen: list[np.ndarray] = field(default_factory=list)
+    vocabulary: int = 257
+    block_size: int = 4
+    blocks: int = 200
+    max_length: int = 128
+    groups: int = 1
+    row_buckets: tuple[int, ...] = (1, 4, 8)
+    new_buckets: tuple[int, ...] = (1, 16, 64)
+    table_buckets: tuple[int, ...] = (8, 32)
 
     def __post_init__(self):
-        self.tokenizer, self.runner = byte_tokenizer(), SimpleNamespace(vocabulary=257, max_length=128)
         self.gate.set()
-        self.generated = 0
+        self.tokenizer = byte_tokenizer()
+        self._next = np.array([*self.tokenizer.encode(self.text).ids, EOS])
 
-    def submit(self, request: Request) -> Stream:
-        if self.failure:
-            raise Unavailable(self.failure)
-        if len(self.live) >= self.room:
-            raise QueueFull(f"{self.room} requests wait", 3)
-        request.sampling.check(self.runner.vocabulary)
-        self.requests.append(request)
-        ended = self.live[request.id] = threading.Event()
-        stream = Stream(request, lambda: self.cancel(request.id))
-        threading.Thread(target=self._tell, args=(stream, ended), daemon=True).start()
-        return stream
+    def run(self, batch: StepBatch, every: bool = False) -> Foreseen:
+        time.sleep(self.pace)
+        self.gate.wait(20)
+        if self.fault:
+            raise self.fault
+        self.seen.append(batch.tokens)
+        places = batch.positions[:, None] + np.arange(1, batch.tokens.shape[1] + 1)
+        logits = np.zeros((*places.shape, self.vocabulary), np.float32)
+        np.put_along_axis(logits, self._next[places % len(self._next)][..., None], 9.0, axis=2)
+        return Foreseen(logits, batch.lengths)
 
-    def cancel(self, name: str) -> None:
-        if name in self.live:
-            self.live[name].set()
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        pass
 
-    def metrics(self) -> Any:
-        names = "running waiting batch_size prompt_tokens cached_tokens preemptions steps"
-        zeros = dict.fromkeys(names.split(), 0)
-        return SimpleNamespace(
-            **{**zeros, "running": len(self.live)}, kv_use=0.5, generated_tokens=self.generated
-        )
-
-    def _tell(self, stream: Stream, cancelled: threading.Event) -> None:
-        request = stream.request
-        for index in range(request.sampling.n):
-            for piece in self._pieces(request, index, cancelled):
-                self.generated += len(piece.token_ids)
-                stream.put(piece)
-                wake([stream])
-        del self.live[request.id]
-        stream.end()
-        wake([stream])
-
-    def _pieces(self, request: Request, index: int, cancelled: threading.Event) -> Iterator[Output]:
-        sampling, counts = request.sampling, {"prompt_tokens": len(request.prompt)}
-        if sampling.prompt_logprobs is not None and index == 0:
-            scores = (None, *(self._score(t, sampling.prompt_logprobs) for t in request.prompt[1:]))
-            yield Output(index, prompt_logprobs=scores, **counts)
-        story = self.tokenizer.encode(self.text).ids
-        ids = [*story, EOS] if sampling.max_tokens is None else [*story, EOS][: sampling.max_tokens]
-        reader, stops = Detokenizer(self.tokenizer, request.prompt), StopFinder(sampling.stop)
-        for made, token in enumerate(ids, 1):
-            time.sleep(self.pace)
-            while not self.gate.wait(0.01) and not cancelled.is_set():
-                pass
-            if cancelled.is_set():
-                yield Output(index, finish=FinishReason.CANCELLED, completion_tokens=made, **counts)
-                return
-            if self.fails and made == 3:
-                yield Output(index, finish=FinishReason.ERROR, error=self.fails, **counts)
-                return
-            text, stop = stops.add(reader.add([token]) if token != EOS else "")
-            found = (self._score(token, sampling.logprobs),) if sampling.logprobs is not None else None
-            finish = (
-                FinishReason.STOP
-                if stop or token == EOS
-                else FinishReason.LENGTH
-                if made == len(ids)
-                else None
-            )
-            text += "" if not finish or stop else stops.finish()
-            yield Output(index, (token,), text, found, finish=finish, completion_tokens=made, **counts)
-            if finish:
-                return
-        yield Output(index, finish=FinishReason.LENGTH, **counts)
-
-    def _score(self, token: int, top: int) -> TokenLogprob:
-        others = itertools.chain([(token, -0.5)], ((t, -3.0) for t in itertools.count(1) if t != token))
-        return TokenLogprob(token, -0.5, tuple(itertools.islice(others, top)))
+    def close(self) -> None:
+        pass
 
 
-def told(engine: Any = None, template: str | None = TEMPLATE, **more: Any) -> Any:
-    """Returns a model to serve, as `autopar.serve.load` would."""
-    engine = engine or Story()
+@dataclass
+class Foreseen:
+    """Logits of a step, `[rows, new, vocabulary]`, and the rows' lengths."""
+
+    logits: np.ndarray
+    lengths: np.ndarray
+
+    def greedy(self) -> np.ndarray:
+        return self.last().argmax(axis=1).astype(np.int32)
+
+    def last(self) -> np.ndarray:
+        return self.logits[np.arange(len(self.lengths)), np.maximum(self.lengths - 1, 0)]
+
+    def every(self) -> np.ndarray:
+        return self.logits
+
+
+def told(story: Story | None = None, template: str | None = TEMPLATE, **options: Any) -> Any:
+    """Returns a model to serve, as `autopar.serve.load` would; options are the engine's."""
+    story = story or Story()
     return SimpleNamespace(
-        name="story", engine=engine, tokenizer=engine.tokenizer, chat_template=template,
-        special_tokens={"eos_token": "<eos>"}, plan_svg=lambda: None, **more,
-    )  # fmt: skip
+        name="story",
+        engine=Engine(story, story.tokenizer, EngineOptions(eos=(EOS,), **options)),
+        tokenizer=story.tokenizer,
+        chat_template=template,
+        special_tokens={"eos_token": "<eos>"},
+        plan_svg=lambda: None,
+    )
 
 
 @contextlib.contextmanager
 def serving(model: Any, options: Options | None = None) -> Iterator[str]:
-    """Serves a model from a thread; gives its address."""
+    """Serves a model from a thread; gives its address, and closes the engine at the end."""
     listener, ready = bind("127.0.0.1", 0), threading.Event()
     server = Server(create_app(model, options), ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -156,4 +129,5 @@ def serving(model: Any, options: Options | None = None) -> Iterator[str]:
         server.should_exit = True
         thread.join(20)
         listener.close()
+        model.engine.close()
         assert not thread.is_alive()

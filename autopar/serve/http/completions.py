@@ -91,11 +91,15 @@ def _prompts(service: Service, body: CompletionRequest) -> tuple[list[str], list
         if isinstance(prompt, str):
             ids = service.words.encode(prompt, body.add_special_tokens)
         else:
-            service.words.check(prompt)
             ids = prompt
         prompts.append(service.checked_prompt(ids, body.max_tokens))
-        texts.append(prompt if isinstance(prompt, str) else service.words.decode(ids) if body.echo else "")
+        texts.append(prompt if isinstance(prompt, str) else _echoed(service, ids) if body.echo else "")
     return texts, prompts
+
+
+def _echoed(service: Service, ids: list[int]) -> str:
+    service.words.check(ids)
+    return service.words.decode(ids)
 
 
 class _Job:

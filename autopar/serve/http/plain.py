@@ -36,7 +36,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "created": service.started,
         "owned_by": "autopar",
         "root": service.names[0],
-        "max_model_len": service.max_length,
+        "max_model_len": service.longest,
         "chat": service.template is not None,
         "plan": service.plan is not None,
     }
@@ -53,7 +53,7 @@ def tokenize(service: Service, raw: bytes) -> dict[str, Any]:
     else:
         ids = service.words.encode(body.prompt or "", body.add_special_tokens)
     texts = [service.words.text_of(token) for token in ids] if body.return_token_strs else None
-    return {"count": len(ids), "max_model_len": service.max_length, "tokens": ids, "token_strs": texts}
+    return {"count": len(ids), "max_model_len": service.longest, "tokens": ids, "token_strs": texts}
 
 
 def detokenize(service: Service, raw: bytes) -> dict[str, Any]:
@@ -71,18 +71,26 @@ def tokenizer_info(service: Service) -> dict[str, Any]:
         **service.words.special,
         "tokenizer_class": type(service.words.tokenizer).__name__,
         "vocab_size": service.words.vocabulary,
-        "model_max_length": service.max_length,
+        "model_max_length": service.longest,
         "chat_template": template,
     }
 
 
 def health(service: Service) -> JSONResponse:
     """Returns 200 while requests are taken, 503 when not; with the figures that the page shows."""
-    found, trouble = service.engine.metrics(), service.trouble()
-    status = "failed" if trouble else "draining" if service.draining else "ok"
-    figures = {name: getattr(found, name) for name in ("running", "waiting", "kv_use", "generated_tokens")}
-    error = {"error": trouble} if trouble else {}
-    return JSONResponse({"status": status, **error, **figures}, status_code=200 if status == "ok" else 503)
+    found, state = service.engine.metrics(), service.engine.health()
+    status = "draining" if service.draining and state.ok else "ok" if state.state == "ready" else state.state
+    body = {
+        "status": status,
+        "restarts": state.restarts,
+        "last_error": state.error,
+        "seconds_since_error": state.since,
+        "running": found.running,
+        "waiting": found.queued + found.preempted,
+        "kv_use": found.blocks_held / max(1, found.blocks),
+        "generated_tokens": found.answer_tokens,
+    }
+    return JSONResponse(body, status_code=200 if status == "ok" else 503)
 
 
 def plan(service: Service) -> Response:

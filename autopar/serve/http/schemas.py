@@ -208,10 +208,27 @@ def _told(kind: type[Strict], problem: Mapping[str, Any]) -> ApiError:
             return _unknown(kind, param)
         case "model_type" | "model_attributes_type" | "dict_type" if not param:
             return bad(f"the body must be a JSON object, but got {_short(got)}", code="invalid_json")
+        case kind_of if kind_of.startswith(("greater_than", "less_than")):
+            return bad(f"{param} must be {_range(kind, problem)}, but is {_short(got)}", param)
         case _:
             message = message.removeprefix("Input should be ").removesuffix(".")
             text = message if message.startswith(("expected", "only", "the ")) else f"it should be {message}"
             return bad(f"invalid {param}: {text}, but got {_short(got)}", param)
+
+
+def _range(kind: type[Strict], problem: Mapping[str, Any]) -> str:
+    """The whole range of a field, of which only one end was overstepped."""
+    name = problem["loc"][0]
+    field = kind.model_fields.get(name) if isinstance(name, str) and len(problem["loc"]) == 1 else None
+    limits = dict[str, Any]()
+    for constraint in field.metadata if field else ():
+        limits |= {side: getattr(constraint, side) for side in _SIDES if hasattr(constraint, side)}
+    if not limits:
+        return problem["msg"].removeprefix("Input should be ")
+    return " and ".join(f"{words} {limits[side]}" for side, words in _SIDES.items() if side in limits)
+
+
+_SIDES = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
 def _unknown(kind: type[Strict], param: str) -> ApiError:

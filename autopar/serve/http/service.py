@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
+from autopar.serve.engine import Engine
 from autopar.serve.http.errors import ApiError, bad, busy, unavailable
 from autopar.serve.http.metrics import Metrics
 from autopar.serve.http.options import Options
@@ -30,7 +31,7 @@ class Served(Protocol):
     """A loaded model: what `autopar.serve.load` returns."""
 
     name: str
-    engine: Any
+    engine: Engine
     tokenizer: Any
     chat_template: str | None
 
@@ -51,8 +52,7 @@ class Service:
         engine = model.engine
         self.model, self.options, self.engine = model, options, engine
         self.names = (model.name, *options.served_as)
-        self.words = Words(model.tokenizer, getattr(model, "special_tokens", {}), engine.runner.vocabulary)
-        self.max_length: int = engine.runner.max_length
+        self.words = Words(model.tokenizer, getattr(model, "special_tokens", {}))
         self.template = ChatTemplate(model.chat_template, self.words.special) if model.chat_template else None
         self.metrics = Metrics(engine.metrics)
         self.started = int(time.time())
@@ -61,9 +61,10 @@ class Service:
         self.draining = False
         self.active: set[Batch] = set()
 
-    def trouble(self) -> str | None:
-        """Returns why the engine cannot answer, None if it can."""
-        return self.engine.failure
+    @property
+    def longest(self) -> int:
+        """Returns the tokens of the longest sequence, prompt and answer together."""
+        return self.engine.longest
 
     def check_model(self, name: str | None) -> None:
         """Raises a 404 unless `name` is the model served; None is."""
@@ -82,10 +83,10 @@ class Service:
         """
         if not ids:
             raise bad(f"{param} has no tokens", param)
-        if len(ids) + (1 if most is None else most) > self.max_length:
+        if len(ids) + (1 if most is None else most) > self.longest:
             wanted = "" if not most else f" and {most} were asked for"
             raise bad(
-                f"the longest sequence is {self.max_length} tokens, but the {param} has {len(ids)}{wanted}; "
+                f"the longest sequence is {self.longest} tokens, but the {param} has {len(ids)}{wanted}; "
                 "shorten one or the other",
                 param, "context_length_exceeded",
             )  # fmt: skip
@@ -140,7 +141,6 @@ class Batch:
             dict[int, int](),
             dict[int, int](),
         )
-        self._times = dict[tuple[int, int], float]()  # when each choice's last tokens came
         self._complete = False
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ class Batch:
         self._active.discard(self)
         if not self._complete:
             self._complete = True
-            self._metrics.cancelled()
+            self._metrics.unfinished()
             for stream in self.streams:
                 stream.cancel()
 
@@ -187,18 +187,12 @@ class Batch:
                 reader.cancel()
 
     def _note(self, position: int, piece: Output) -> None:
-        choice, arrival = (position, piece.index), self.streams[position].request.arrival
-        if piece.token_ids:
-            before = self._times.get(choice)
-            self._times[choice] = self._metrics.tokens(arrival, before, len(piece.token_ids))
-        self._made[choice] = piece.completion_tokens
+        self._made[position, piece.index] = piece.completion_tokens
         self._prompts[position], self._cached[position] = piece.prompt_tokens, piece.cached_tokens
         if piece.finish is FinishReason.ERROR:
-            raise unavailable(f"the engine failed: {piece.error or 'no cause given'}")
+            raise unavailable(piece.error or "the engine failed")
         if piece.finish is FinishReason.CANCELLED:
             raise unavailable("the server stopped before the answer was complete", "shutting_down")
-        if piece.finish:
-            self._metrics.finished(arrival)
 
 
 async def _read(position: int, stream: Stream, merged: asyncio.Queue[Any]) -> None:

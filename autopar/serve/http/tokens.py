@@ -19,11 +19,10 @@ class Words:
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`. special: special tokens' texts by their roles (`bos_token`, …).
-        vocabulary: ids the model knows; the tokenizer may have fewer or more.
     """
 
-    def __init__(self, tokenizer: Any, special: Mapping[str, str], vocabulary: int):
-        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+    def __init__(self, tokenizer: Any, special: Mapping[str, str]):
+        self.tokenizer, self.vocabulary = tokenizer, tokenizer.get_vocab_size()
         self.special = {role: special[role] for role in SPECIAL if special.get(role)}
         self.text_of = lru_cache(maxsize=1 << 16)(self._text_of)
 
@@ -43,7 +42,7 @@ class Words:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def check(self, ids: Sequence[int], param: str = "prompt") -> None:
-        """Raises a 400 unless all ids are the model's."""
+        """Raises a 400 unless the tokenizer knows all ids."""
         for token in ids:
             if not 0 <= token < self.vocabulary:
                 raise bad(f"{param} has token id {token}, but ids go from 0 to {self.vocabulary - 1}", param)
@@ -56,7 +55,7 @@ class Words:
         if token in self._added:
             return text.encode()
         if self._byte_level:
-            return b"".join(_BYTES.get(c, c.encode()) for c in text)
+            return b"".join(_BYTES[c] if c in _BYTES else c.encode() for c in text)
         if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", text):
             return bytes([int(byte[1], 16)])
         return text.replace("▁", " ").encode()
