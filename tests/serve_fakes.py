@@ -58,7 +58,8 @@ class FakeRunner:
 
     Attributes:
         transfers: times that logits were fetched. steps: shapes of the steps run. closed: whether it was.
-        fail_run, fail_wait: raise this when a step is started or waited for. gate: cleared holds results back.
+        fail_run, fail_wait: raise this when a step is started or waited for.
+        gate: holds results back while cleared.
         delay: seconds per step.
     """
 
@@ -89,7 +90,7 @@ class FakeRunner:
         if self.delay:
             time.sleep(self.delay)
         rows, new = batch.tokens.shape
-        assert rows in self.row_buckets and new in self.new_buckets
+        assert rows in self.row_buckets and new in (1, *self.new_buckets)
         assert batch.tables.shape[1] in self.table_buckets and batch.tables.shape[0] == rows
         assert {batch.tokens.dtype, batch.positions.dtype, batch.lengths.dtype, batch.tables.dtype} == {
             np.dtype(np.int32)

@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from autopar.serve.batch import Logits, Runner
-from autopar.serve.blocks import BlockManager, root
-from autopar.serve.delivery import Delivery
+from autopar.serve.batch import Runner
+from autopar.serve.core import Core, Options
 from autopar.serve.detokenize import Tokenizer
 from autopar.serve.metrics import Meter, Snapshot
 from autopar.serve.request import BadParameter, FinishReason, QueueFull, Request, Unavailable
-from autopar.serve.results import Results
-from autopar.serve.scheduler import Scheduler, Shapes, Step
-from autopar.serve.sequence import Job, Sequence
+from autopar.serve.sequence import Job
 from autopar.serve.stream import Stream
 
+__all__ = ["Engine", "Health", "Options"]
+
+_DEFAULTS = Options()
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How an engine serves.
-
-    Attributes:
-        eos: end-of-text tokens. salt: names the model and its weights; prefixes are shared only within it.
-        prefill_tokens: most padded tokens (rows × new) of a prefill step; None: the runner's longest chunk or
-            most rows, whichever is more. Decode steps wait for prefill steps, so it bounds their delay.
-        prefix_cache: whether blocks of prompts are kept for later prompts.
-        queue_requests, queue_tokens: requests that may wait to be admitted, and the tokens (prompts and
-            longest answers) that these may have together; None: no limit. One request may always wait.
-        weights: share of a key relative to the others', 1 if not named.
-        most_answers: answers or beams that one request may ask for.
-    """
-
-    eos: tuple[int, ...] = ()
-    salt: str = ""
-    prefill_tokens: int | None = None
-    prefix_cache: bool = True
-    queue_requests: int = 1024
-    queue_tokens: int | None = None
-    weights: Mapping[str, float] = field(default_factory=dict)
-    most_answers: int = 128
 
 
 @dataclass(frozen=True)
@@ -82,7 +56,7 @@ class Engine:
         self,
         runner: Runner,
         tokenizer: Tokenizer | None = None,
-        options: Options = Options(),
+        options: Options = _DEFAULTS,
         restart: Callable[[], Runner] | None = None,
     ):
         """Starts the engine's thread.
@@ -100,28 +74,24 @@ class Engine:
         self._inbox: deque[Job] = deque()
         self._inbox_tokens = 0
         self._cancelled: list[str] = []
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, Job] = {}  # all that have not ended
         self._arrivals = 0
         self._meter = Meter()
         self._state, self._error, self._failed_at = "ready", None, 0.0
-        self._delivery = Delivery(self._meter)
-        self._flight: deque[tuple[Step, Logits, float]] = deque()
-        self._preemptions = 0
-        self._queries = self._hits = 0
-        self._use(runner)
+        self._lost = (0, 0, 0)  # what former cores counted
+        self._core = Core(runner, tokenizer, options, self._meter)
         self._thread = threading.Thread(target=self._loop, name="autopar-engine", daemon=True)
         self._thread.start()
 
-    def _use(self, runner: Runner) -> None:
-        """Takes a runner with all its blocks empty."""
-        options = self._options
-        shapes = Shapes.of(runner, options.prefill_tokens)
-        self._runner = runner
-        self._blocks = BlockManager(runner.blocks, runner.block_size, options.prefix_cache)
-        self._scheduler = Scheduler(shapes, self._blocks, options.weights)
-        self._results = Results(self._scheduler, self._blocks, self._tokenizer, self._delivery)
-        held = min(self._blocks.total, shapes.tables[-1]) * runner.block_size
-        self.longest = min(runner.max_length, held)
+    @property
+    def runner(self) -> Runner:
+        """Returns the model."""
+        return self._core.runner
+
+    @property
+    def longest(self) -> int:
+        """Returns how many tokens a prompt and its answer may have together."""
+        return self._core.longest
 
     # --- what clients call
 
@@ -132,15 +102,11 @@ class Engine:
             BadParameter: a field out of range, or a prompt that leaves no room. QueueFull: too much waits.
             Unavailable: the engine drains, is closed or has failed.
         """
-        job = self._job(request)
+        stream = Stream(request, lambda: self.cancel(request.id))
+        job = self._core.job(request, stream, 0)
         with self._lock:
             self._refuse()
-            waiting = len(self._inbox) + self._scheduler.queued
-            tokens = self._inbox_tokens + self._scheduler.queued_tokens + job.tokens
-            most = self._options.queue_tokens
-            if waiting and (waiting >= self._options.queue_requests or (most is not None and tokens > most)):
-                self._meter.rejected += 1
-                raise QueueFull(f"{waiting} requests are waiting already", self._patience())
+            self._refuse_if_full(job)
             if request.id in self._jobs:
                 raise BadParameter("id", f"{request.id!r} is of a request under way; give each its own")
             self._arrivals += 1
@@ -150,7 +116,7 @@ class Engine:
             self._inbox_tokens += job.tokens
             self._meter.requests += 1
             self._lock.notify_all()
-        return job.stream
+        return stream
 
     def cancel(self, id: str) -> None:
         """Ends a request; nothing happens if it is unknown or has ended."""
@@ -161,7 +127,8 @@ class Engine:
 
     def metrics(self) -> Snapshot:
         """Returns what the engine has counted so far and how it stands."""
-        meter, scheduler, blocks = self._meter, self._scheduler, self._blocks
+        meter, scheduler, blocks = self._meter, self._core.scheduler, self._core.blocks
+        preemptions, queries, hits = self._lost
         return Snapshot(
             queued=len(self._inbox) + scheduler.queued,
             queued_tokens=self._inbox_tokens + scheduler.queued_tokens,
@@ -173,13 +140,13 @@ class Engine:
             requests=meter.requests,
             rejected=meter.rejected,
             finished=dict(meter.finished),
-            preemptions=self._preemptions + scheduler.preemptions,
+            preemptions=preemptions + scheduler.preemptions,
             restarts=meter.restarts,
             steps=meter.steps,
             prompt_tokens=meter.prompt_tokens,
             answer_tokens=meter.answer_tokens,
-            prefix_queries=self._queries + blocks.queries,
-            prefix_hits=self._hits + blocks.hits,
+            prefix_queries=queries + blocks.queries,
+            prefix_hits=hits + blocks.hits,
             queue_time=meter.queue_time.snapshot(),
             first_token=meter.first_token.snapshot(),
             inter_token=meter.inter_token.snapshot(),
@@ -214,7 +181,7 @@ class Engine:
             self._state = "closed"
             self._lock.notify_all()
         self._thread.join()
-        self._runner.close()
+        self._core.runner.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -229,50 +196,14 @@ class Engine:
             reason = f": {self._error}" if self._state == "failed" else ""
             raise Unavailable(f"the engine takes no requests, it is {self._state}{reason}")
 
-    def _patience(self) -> float:
-        """Seconds after which a refused client may try again: what requests waited of late, within reason."""
-        return min(60.0, max(1.0, self._meter.recent_wait))
-
-    def _job(self, request: Request) -> Job:
-        sampling, prompt = request.sampling, request.prompt
-        vocabulary = self._runner.vocabulary
-        sampling.check(vocabulary, self._options.most_answers)
-        if not prompt:
-            raise BadParameter("prompt", "must have at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise BadParameter("prompt", f"must have token ids from 0 to {vocabulary - 1}")
-        limit = self._limit(request)
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        ends = frozenset(sampling.stop_token_ids) | (
-            frozenset() if sampling.ignore_eos else frozenset(self._options.eos)
-        )
-        stream = Stream(request, lambda: self.cancel(request.id))
-        job = Job(request, stream, 0, limit, seed, ends, sampling.plain, sampling.streams)
-        size = self._runner.block_size
-        blocks = -(-(len(prompt) + limit) // size)
-        start = root(self._options.salt, request.salt)
-        job.sequences = [Sequence(job, 0, list(prompt), blocks, start)]
-        return job
-
-    def _limit(self, request: Request) -> int:
-        """New tokens that a request's answers may have."""
-        sampling, size = request.sampling, len(request.prompt)
-        longest = self.longest
-        if sampling.num_beams > 1:  # all must fit at once
-            if sampling.num_beams > self._scheduler.most_rows:
-                raise BadParameter("num_beams", f"must be at most {self._scheduler.most_rows} on this server")
-            longest = min(longest, self._blocks.total // sampling.num_beams * self._runner.block_size)
-        room = longest - size
-        wanted = sampling.max_tokens
-        if room < (0 if wanted == 0 else 1):
-            most = longest - (wanted != 0)
-            raise BadParameter("prompt", f"must have at most {most} tokens, but has {size}")
-        if wanted is not None and wanted > room:
-            raise BadParameter(
-                "max_tokens",
-                f"must be at most {room}, as prompt ({size} tokens) and answer have {longest}, but is {wanted}",
-            )
-        return room if wanted is None else wanted
+    def _refuse_if_full(self, job: Job) -> None:
+        scheduler, most = self._core.scheduler, self._options.queue_tokens
+        waiting = len(self._inbox) + scheduler.queued
+        tokens = self._inbox_tokens + scheduler.queued_tokens + job.tokens
+        if waiting and (waiting >= self._options.queue_requests or (most is not None and tokens > most)):
+            self._meter.rejected += 1
+            after = min(60.0, max(1.0, self._meter.recent_wait))  # what others waited of late
+            raise QueueFull(f"the queue is full: {waiting} requests are waiting", after)
 
     # --- the loop
 
@@ -285,8 +216,8 @@ class Engine:
                 cancelled = self._take()
             try:
                 for job in cancelled:
-                    self._results.cancel(job)
-                self._step()
+                    self._core.cancel(job)
+                self._core.step()
             except Exception as error:  # of the runner, or our own: no stream must hang for it
                 _log.exception("a step failed")
                 self._recover(error)
@@ -295,49 +226,21 @@ class Engine:
 
     def _has_work(self) -> bool:
         asked = self._inbox or self._cancelled or self._state == "closed"
-        return bool(asked or self._flight or not self._scheduler.idle)
+        return bool(asked) or not self._core.idle
 
     def _take(self) -> list[Job]:
         """Hands new jobs to the scheduler and returns those to be cancelled."""
         for job in self._inbox:
-            self._scheduler.add(job.sequences[0])
+            self._core.add(job)
         self._inbox.clear()
         self._inbox_tokens = 0
         cancelled = [self._jobs[id] for id in dict.fromkeys(self._cancelled) if id in self._jobs]
         self._cancelled.clear()
         return cancelled
 
-    def _step(self) -> None:
-        """Starts as many steps as can be in flight, then takes the results of the oldest."""
-        while len(self._flight) < self._runner.groups:
-            step = self._scheduler.schedule()
-            if step is None:
-                break
-            started = time.monotonic()
-            if step.copies:
-                self._runner.copy(step.copies)
-            self._flight.append((step, self._runner.run(step.batch, step.every), started))
-        self._delivery.deliver()
-        self._count_admitted()
-        if self._flight:
-            step, logits, started = self._flight.popleft()
-            self._results.commit(step, logits)
-            self._meter.steps += 1
-            self._meter.step_time.add(time.monotonic() - started)
-            self._meter.batch.add(len(step.rows))
-        else:
-            assert self._scheduler.idle, "nothing runs although requests wait"
-        if self._scheduler.idle:
-            self._delivery.deliver()  # there is no next step to do it beside
-
-    def _count_admitted(self) -> None:
-        for job in self._scheduler.take_admitted():
-            assert job.admitted is not None
-            self._meter.add_wait(job.admitted - job.request.arrival)
-
     def _forget(self) -> None:
         """Drops the jobs that have ended."""
-        ended = self._delivery.take_ended()
+        ended = self._core.delivery.take_ended()
         if ended:
             with self._lock:
                 for job in ended:
@@ -349,14 +252,13 @@ class Engine:
     def _recover(self, error: Exception) -> None:
         """Ends what was under way with an error, starts the model again, and goes on with what waits."""
         words = f"{type(error).__name__}: {error}"
-        waiting = self._scheduler.jobs_waiting()
+        waiting = self._core.scheduler.jobs_waiting()
         with self._lock:
             self._error, self._failed_at = words, time.monotonic()
             if self._state == "ready":
                 self._state = "restarting"
             kept = {*waiting, *self._inbox}
             affected = [job for job in self._jobs.values() if job not in kept]
-        self._flight.clear()
         self._fail(affected, f"the model failed: {words}")
         try:
             if self._restart is None:
@@ -371,17 +273,17 @@ class Engine:
             self._give_up(f"{words}; {again}")
 
     def _renew(self, runner: Runner, waiting: list[Job]) -> None:
-        """Goes on with a new runner, whose blocks are empty."""
+        """Goes on with a runner whose blocks are empty, and with no sequences but those that waited."""
         with self._lock:
-            self._preemptions += self._scheduler.preemptions
-            self._queries += self._blocks.queries
-            self._hits += self._blocks.hits
-            self._use(runner)
+            before, blocks = self._core.scheduler, self._core.blocks
+            counts = before.preemptions, blocks.queries, blocks.hits
+            self._lost = tuple(x + y for x, y in zip(self._lost, counts))
+            self._core = Core(runner, self._tokenizer, self._options, self._meter)
             for job in waiting:
-                self._scheduler.add(job.sequences[0])
+                self._core.add(job)
 
     def _give_up(self, error: str) -> None:
-        self._renew(self._runner, [])  # it isn't run again; this drops all sequences
+        """Ends everything: the model cannot be started again."""
         with self._lock:
             if self._state != "closed":
                 self._state = "failed"
@@ -390,12 +292,14 @@ class Engine:
             self._inbox_tokens = 0
             jobs = list(self._jobs.values())
         self._fail(jobs, f"the model failed: {error}")
+        self._renew(self._core.runner, [])  # it isn't run again
 
     def _fail(self, jobs: list[Job], error: str) -> None:
-        """Ends jobs with an error; their sequences stay where they are, as the scheduler is given up too."""
-        self._delivery.deliver()
+        """Ends jobs with an error; their sequences stay where they are, as the core is given up too."""
+        delivery = self._core.delivery
+        delivery.deliver()
         for job in jobs:
             if not job.done:
-                self._delivery.end(job, FinishReason.ERROR, error)
-        self._delivery.wake()
+                delivery.end(job, FinishReason.ERROR, error)
+        delivery.wake()
         self._forget()

@@ -76,14 +76,21 @@ class Results:
         for each in sequences:
             chosen = token
             if chosen is None:
-                assert logits is not None and each.sampler is not None
-                chosen = each.sampler.choose(logits, len(each.tokens))
+                assert logits is not None
+                chosen = self._sample(each, logits)
             if chosen < 0:
                 self.fail(job, _NAN)
                 return
             top = sampling.logprobs if sampling.streams or sampling.logprobs is not None else 0
             reported = None if logits is None or top is None else logprob(logits, chosen, top)
             self._append(each, chosen, reported)
+
+    @staticmethod
+    def _sample(sequence: Sequence, logits: np.ndarray) -> int:
+        if sequence.sampler is not None:
+            return sequence.sampler.choose(logits, len(sequence.tokens))
+        best = int(logits.argmax())  # a greedy row beside others that need logits
+        return best if logits[best] > -np.inf else -1
 
     def _open(self, sequence: Sequence) -> None:
         """Makes the answers of a job, each with a sequence and a sampler (beams part by themselves)."""

@@ -66,7 +66,8 @@ class Shapes:
 
     @staticmethod
     def of(runner: Runner, budget: int | None = None) -> Shapes:
-        """Returns a runner's shapes; the budget is by default its longest chunk or its most rows."""
+        """Returns a runner's shapes; `budget` as `Options.prefill_tokens`."""
+        budget = budget or getattr(runner, "max_tokens", None)
         budget = budget or max(runner.new_buckets[-1], runner.row_buckets[-1])
         new = tuple(size for size in runner.new_buckets if size > 1)  # of prefill steps
         if not new:

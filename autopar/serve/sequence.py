@@ -62,7 +62,7 @@ class Job:
     @property
     def lockstep(self) -> bool:
         """Returns whether the sequences must take each step together: beams that compete."""
-        return self.beams is not None and len(self.sequences) > 1
+        return self.beams is not None
 
 
 class Sequence:
@@ -134,7 +134,7 @@ class Sequence:
         return self.digests[1 : count + 1]
 
     def fork(self, index: int) -> Sequence:
-        """Returns a sequence with the same tokens and table; the caller counts it as a holder of the blocks."""
+        """Returns a sequence with the same tokens and table; the caller counts it as a holder of blocks."""
         twin = Sequence(self.job, index, list(self.tokens), len(self.table), self.digests[0])
         twin.prompt, twin.computed, twin.held = self.prompt, self.computed, self.held
         twin.table[: self.held] = self.table[: self.held]
