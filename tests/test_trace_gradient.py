@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ from jax.extend.core import Literal
 
 from autopar.core.graph import Equation, Graph, Phase, Value
 from autopar.models import gpt
+from autopar.trace.capture import begin, split
 from autopar.trace.flat import dce, flatten, run
 from autopar.trace.grad_equation import GRAD
 from autopar.trace.gradient import differentiate, grad, gradient_equations, value_and_grad
@@ -495,3 +497,28 @@ def test_random_layered_programs(lines, remat):
         return replace(graph, equations=equations, layers=tuple(graph.layers[k] for k in order))
 
     taken_apart(step, mlp_parameters(3), BATCH, remat=remat, assign=sorted_names)
+
+
+# ---------------------------------------------------------------- what the backward pass keeps
+
+
+def test_a_forward_tells_which_products_its_backward_keeps() -> None:
+    def loss(w: Any, x: Any) -> Any:
+        hidden = jnp.tanh(x @ w["a"] + w["b"])  # read by tanh, through a sum: kept
+        return jnp.mean(hidden @ w["c"] + 3.0)  # read by sums only: not kept
+
+    def step(w: Any, x: Any) -> Any:
+        value, gradients = value_and_grad(loss)(w, x)
+        return jax.tree.map(jnp.subtract, w, gradients), value
+
+    f32 = jnp.float32
+    w = {
+        "a": jax.ShapeDtypeStruct((5, 7), f32),
+        "b": jax.ShapeDtypeStruct((7,), f32),
+        "c": jax.ShapeDtypeStruct((7, 3), f32),
+    }
+    x = jax.ShapeDtypeStruct((4, 5), f32)
+    found = split(begin(step, (w, x)), 1).least_bytes
+    assert found == 4 * (5 * 7 + 7 + 7 * 3) + 4 * (4 * 7)
+    halves = split(begin(step, (w, x)), 2).least_bytes
+    assert halves == 2 * 4 * (5 * 7 + 7 + 7 * 3) + 4 * (2 * 7), "sums of gradients, and half the examples"

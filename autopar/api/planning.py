@@ -14,11 +14,11 @@ from autopar.api.tracing import Tracer
 from autopar.cluster import Cluster, MeshChoice, shaped, submeshes
 from autopar.core import plan as nouns
 from autopar.core.errors import BadInput, DoesNotFit, MixedExamples, StalePlan
-from autopar.core.graph import Graph, OpKind, Phase
+from autopar.core.graph import Graph
 from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
 from autopar.core.spec import Spec
-from autopar.program import check, emit, schedule, simulate
+from autopar.program import emit, schedule, simulate
 from autopar.sharding import pins
 from autopar.sharding import plan as intra
 from autopar.sharding.options import Options as ShardingOptions
@@ -245,7 +245,7 @@ def _fitting(tracer: Tracer, cluster: Cluster, method: Auto, micro: int, say: Sa
         return _pipeline(tracer, cluster, method, micro, method.remat, say)
     say(f"{micro} micro-batches: tracing")
     without = DoesNotFit("without recomputing, activations would fill most of the cluster's memory")
-    if least_bytes(tracer(micro, False).graph) < ROOM * cluster.memory:
+    if tracer.prepared(micro).least_bytes < ROOM * cluster.memory:
         try:
             return _pipeline(tracer, cluster, method, micro, False, say)
         except DoesNotFit as error:
@@ -256,21 +256,6 @@ def _fitting(tracer: Tracer, cluster: Cluster, method: Auto, micro: int, say: Sa
         raise (without if (without.missing or math.inf) < (error.missing or math.inf) else error) from None
     note = f"activations are recomputed in the backward pass; otherwise: {without}"
     return Made(replace(found.plan, notes=(note, *found.plan.notes)), found.traced)
-
-
-def least_bytes(graph: Graph) -> int:
-    """Returns bytes that all devices together need at least: state, sums, and one micro-batch's residuals.
-
-    Residuals are the results of products and reductions that the backward pass reads; what is
-    elementwise could be
-    computed again from them.
-    """
-    state = {*graph.inputs, *graph.constants}.difference(graph.batch)
-    kept = (OpKind.CONTRACTION, OpKind.MEMORY)
-    made = {v for e in graph.equations if e.phase is Phase.FORWARD and e.kind in kept for v in e.outputs}
-    read = {v for e in graph.equations if e.phase is Phase.BACKWARD for v in e.operands}
-    sums = {v for v, _ in graph.combine} if graph.microbatches > 1 else set()
-    return sum(graph.values[v].nbytes for v in state | (made & read) | sums)
 
 
 def _pipeline(tracer: Tracer, cluster: Cluster, method: Auto, micro: int, remat: bool, say: Say) -> Made:
@@ -340,9 +325,8 @@ def _offer(plan: ShardingPlan) -> Offer:
 
 
 def _timed(plan: nouns.Plan, cluster: Cluster, remat: bool, layer_scans: bool) -> nouns.Plan:
-    """The plan with its program checked and simulated."""
+    """The plan with its program simulated, which checks it as well."""
     plan = replace(plan, cluster=str(cluster), remat=remat, layer_scans=layer_scans)
     program = emit(plan, schedule(plan.schedule, len(plan.stages), plan.microbatches))
-    check(program)
     line = simulate(plan, program)
     return plan.with_timing(line.step_time, line.bubble)

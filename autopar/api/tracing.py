@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from autopar.stages import assign
-from autopar.trace.capture import Prepared, finish, prepare
+from autopar.trace.capture import Begun, Prepared, begin, finish, split
 from autopar.trace.traced import Traced
 
 
@@ -47,17 +48,20 @@ class Tracer:
     def prepared(self, microbatches: int) -> Prepared:
         """Returns the step traced for one micro-batch, not yet differentiated."""
         if microbatches not in self._prepared:
-            self._prepared[microbatches] = prepare(
-                self.function,
-                self.args,
-                self.kwargs,
-                static_argnums=self.static_argnums,
-                static_argnames=self.static_argnames,
-                batch_argnums=self.batch_argnums,
-                microbatches=microbatches,
-                layer_scans=self.layer_scans,
-            )
+            self._prepared[microbatches] = split(self.begun, microbatches, layer_scans=self.layer_scans)
         return self._prepared[microbatches]
+
+    @functools.cached_property
+    def begun(self) -> Begun:
+        """The step traced for the full batch."""
+        return begin(
+            self.function,
+            self.args,
+            self.kwargs,
+            static_argnums=self.static_argnums,
+            static_argnames=self.static_argnames,
+            batch_argnums=self.batch_argnums,
+        )
 
     def batch(self) -> int:
         """Returns the examples per step: the leading dim that the batch's arrays share; 1 without a batch."""

@@ -1,4 +1,5 @@
-"""JSON for nouns: frozen dataclasses of tuples, numbers, strings and other nouns, to plain data and back."""
+"""JSON for nouns: frozen dataclasses (or named tuples) of tuples, numbers, strings and other nouns, to plain
+data and back."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ def to_data(noun: Any) -> Any:
     """Returns plain JSON data: a dataclass becomes an object that carries its class name, a tuple a list."""
     if isinstance(noun, enum.Enum):
         return noun.value
-    if dataclasses.is_dataclass(noun) and not isinstance(noun, type):
-        data = {f.name: to_data(getattr(noun, f.name)) for f in dataclasses.fields(noun)}
+    kind: type = noun.__class__
+    if _is_noun(kind):
+        data = {name: to_data(getattr(noun, name)) for name in _fields(kind)}
         return {"is": noun.__class__.__name__, **data}
     if isinstance(noun, tuple | list):
         return [to_data(x) for x in typing.cast("tuple[Any, ...]", noun)]
@@ -48,7 +50,7 @@ def _read(kind: Any, data: Any, where: str) -> Any:
         return _union(args, data, where)
     if origin is tuple:
         return _tuple(args, data, where)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+    if isinstance(kind, type) and _is_noun(kind):
         return _noun(kind, data, where)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         _expect(data in [member.value for member in kind], kind.__name__, data, where)
@@ -101,9 +103,22 @@ def _noun(kind: type, data: Any, where: str) -> Any:
         where,
     )
     hints, fields = _hints(kind), {}
-    for field in dataclasses.fields(kind):
-        if field.name in data:
-            fields[field.name] = _read(hints[field.name], data[field.name], f"{where}.{field.name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise BadInput(f"{where}: {kind.__name__} needs {field.name!r}, which is missing")
+    for name, needed in _fields(kind).items():
+        if name in data:
+            fields[name] = _read(hints[name], data[name], f"{where}.{name}")
+        elif needed:
+            raise BadInput(f"{where}: {kind.__name__} needs {name!r}, which is missing")
     return kind(**fields)
+
+
+def _is_noun(kind: Any) -> bool:
+    """Whether a class is a dataclass or a named tuple."""
+    return dataclasses.is_dataclass(kind) or hasattr(kind, "_fields")
+
+
+def _fields(kind: Any) -> dict[str, bool]:
+    """The fields of a noun's class, and whether each has to be given."""
+    if not dataclasses.is_dataclass(kind):
+        return {name: name not in kind._field_defaults for name in kind._fields}
+    missing = dataclasses.MISSING
+    return {f.name: f.default is missing and f.default_factory is missing for f in dataclasses.fields(kind)}

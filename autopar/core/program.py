@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from autopar.core.graph import Phase
 from autopar.core.spec import Spec
@@ -21,9 +21,11 @@ class Role(enum.StrEnum):
     NEXT = "next"  # the state that will replace `value` when the step ends
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Buffer:
-    """A name for a tensor on a worker: a value of the graph, of one micro-batch if that is not None."""
+class Buffer(NamedTuple):
+    """A name for a tensor on a worker: a value of the graph, of one micro-batch if that is not None.
+
+    A named tuple, unlike the other nouns: big programs have millions, and passes mostly look them up.
+    """
 
     value: int
     microbatch: int | None = None

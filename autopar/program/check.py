@@ -3,7 +3,6 @@ freed."""
 
 from __future__ import annotations
 
-from autopar.core.errors import ProgramError
 from autopar.core.program import Program
 from autopar.program.walk import Walk
 
@@ -21,15 +20,13 @@ def check(
         ProgramError: the first few things that are wrong, with worker, instruction and buffer.
     """
     walk = Walk(program, buffered=buffered).run()
-    errors = list(walk.errors)
-    for w, limit in enumerate(limits or ()):
-        if walk.peak[w] > limit:
-            errors.append(
-                f"worker {w} needs {walk.peak[w]:,} bytes for its buffers, but its devices have {limit:,}"
-            )
-    if errors:
-        more = f" (and {len(errors) - 3} more)" if len(errors) > 3 else ""
-        raise ProgramError("; ".join(errors[:3]) + more)
+    walk.refuse(
+        [
+            f"worker {w} needs {walk.peak[w]:,} bytes for its buffers, but its devices have {limit:,}"
+            for w, limit in enumerate(limits or ())
+            if walk.peak[w] > limit
+        ]
+    )
     return tuple(walk.peak)
 
 

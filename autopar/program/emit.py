@@ -79,16 +79,15 @@ class _Emitter:
         stage, facts = segment.stage, self.facts
         for maker in self._sources(segment):
             values = self._message(maker, stage)
-            buffers = tuple(facts.part(v, i) for v in values)
+            buffers = facts.parts(values, i)
             if not self.have[stage].issuperset(buffers):
                 self.lists[stage].append(Recv(buffers, maker.stage, f"{maker.name}>{stage}.{i}"))
                 self.have[stage].update(buffers)
-        ins = tuple(facts.part(v, i) for v in segment.inputs)
-        outs = tuple(facts.part(v, i) for v in segment.outputs)
+        ins, outs = facts.parts(segment.inputs, i), facts.parts(segment.outputs, i)
         self.lists[stage].append(Run(segment.name, ins, outs))
         for to in range(len(self.lists)):
             if to != stage and (values := self._message(segment, to)):
-                buffers = tuple(facts.part(v, i) for v in values)
+                buffers = facts.parts(values, i)
                 self.lists[stage].append(Send(buffers, to, f"{segment.name}>{to}.{i}"))
         self._fold(stage, self._outliving(segment), started, [i])
 
@@ -141,8 +140,7 @@ class _Emitter:
                 if how is Combine.LAST and not first:
                     continue
                 scale = 1 / self.plan.microbatches if how is Combine.MEAN else 1.0
-                sums = tuple(Buffer(v, role=Role.SUM) for v in group)
-                parts = tuple(Buffer(v, i) for v in group)
+                sums, parts = self.facts.sums(group), tuple([Buffer(v, i) for v in group])
                 self.lists[stage].append(Accumulate(sums, parts, first, scale, how is Combine.CONCAT))
             started.update(group)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -95,9 +96,22 @@ class Facts:
             return Buffer(value)
         return Buffer(value, role=Role.SUM) if self.plan.microbatches > 1 else Buffer(value, 0)
 
-    def part(self, value: int, microbatch: int) -> Buffer:
-        """Returns the buffer of one micro-batch of a value, or the value itself if it has none."""
-        return Buffer(value, microbatch) if value in self.micro else Buffer(value)
+    def parts(self, values: Iterable[int], microbatch: int) -> tuple[Buffer, ...]:
+        """Returns the buffers of one micro-batch of some values; the values' own where they have none."""
+        micro, single = self.micro, self._single
+        return tuple([Buffer(v, microbatch) if v in micro else single[v] for v in values])
+
+    def sums(self, values: Iterable[int]) -> tuple[Buffer, ...]:
+        """Returns the buffers that micro-batches of some values are folded into."""
+        return tuple([self._sum[v] for v in values])
+
+    @cached_property
+    def _single(self) -> dict[int, Buffer]:
+        return {v: Buffer(v) for v in self.plan.value}
+
+    @cached_property
+    def _sum(self) -> dict[int, Buffer]:
+        return {v: Buffer(v, role=Role.SUM) for v in self.plan.value}
 
     def combine(self, value: int) -> Combine:
         """Returns how the value's micro-batches are folded."""

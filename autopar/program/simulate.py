@@ -28,6 +28,8 @@ class Costs:
 def simulate(plan: Plan, program: Program, costs: Costs | None = None) -> Timeline:
     """Returns the timeline of one step.
 
+    Raises:
+        ProgramError: the program cannot run; see `check`.
     Args:
         costs: what instructions cost; by default the plan's own model (stage times, link bandwidths).
     """
@@ -46,7 +48,7 @@ def simulate(plan: Plan, program: Program, costs: Costs | None = None) -> Timeli
                 return 0.0
 
     walk = Walk(program, seconds, costs.send).run()
-    assert not walk.errors, walk.errors[0]
+    walk.refuse()
     names = tuple(f"stage {s} · {stage.mesh}" for s, stage in enumerate(plan.stages))
     events = (*(e for step in walk.steps if (e := _event(step))), *_wires(walk, costs))
     return Timeline(tuple(sorted(events, key=lambda e: (e.start, e.worker))), names, tuple(walk.peak))

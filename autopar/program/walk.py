@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from autopar.core.errors import ProgramError
 from autopar.core.program import Buffer, Free, Instruction, Program, Recv, Rename, Send, Worker, reads, writes
 
 
@@ -49,6 +50,13 @@ class Walk:
             self._execute(worker)
         self._leftovers()
         return self
+
+    def refuse(self, others: Sequence[str] = ()) -> None:
+        """Raises ProgramError with the first few errors of the run and those that its reader found."""
+        errors = [*self.errors, *others]
+        if errors:
+            more = f" (and {len(errors) - 3} more)" if len(errors) > 3 else ""
+            raise ProgramError("; ".join(errors[:3]) + more)
 
     def _ready(self) -> Iterator[int]:
         """Workers that can execute their next instruction, the one furthest behind in time first."""

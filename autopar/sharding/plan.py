@@ -17,7 +17,7 @@ from autopar.sharding.assemble import Costs, assemble
 from autopar.sharding.build import Builder
 from autopar.sharding.copies import share_reads
 from autopar.sharding.grid import Grid, grid_of
-from autopar.sharding.memory import Item, last_microbatch_tick, totals, usage
+from autopar.sharding.memory import Item, totals, usage
 from autopar.sharding.model import Model
 from autopar.sharding.options import Options
 from autopar.sharding.region import Region, extract, region_key
@@ -32,6 +32,9 @@ DEEP = 150
 
 PRICES = (0.0, 1e-12, 1e-11, 1e-10)
 """Seconds per byte: a gigabyte saved may cost nothing, 1, 10, 100 ms a step."""
+
+SHARED_GAP = 1.1
+"""How much further from the optimum a stage may be proven for the sake of another's plan."""
 
 LEAN = 1e-6
 """Seconds per byte at which memory is all that counts."""
@@ -57,14 +60,10 @@ class Setting:
         costs = assemble(self.model, self.grid, self.nbytes, self.items, price)
         return share(costs) if self.options.share and len(costs.nodes) > DEEP else costs
 
-    @property
-    def turn(self) -> int:
-        return last_microbatch_tick(self.region, self.model)
-
     def memory(self, chosen: Sequence[int]) -> Memory:
         """Returns the memory a choice takes."""
         limit = limit_of(self.options, self.mesh)
-        return totals(self.items, chosen, self.turn, self.options.in_flight, limit)
+        return totals(self.items, chosen, self.options.in_flight, limit)
 
 
 def limit_of(options: Options, mesh: Mesh) -> int:
@@ -132,8 +131,36 @@ class _Keyed:
 
 @functools.lru_cache(maxsize=256)
 def _planned(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
-    """The plan of a region, in its own ids: equal stages of a pipeline are planned once."""
-    return _solve(prepare(keyed.region, mesh, options))
+    """The plan of a region, in its own ids: equal stages of a pipeline are planned once.
+
+    Stages that differ only in how many micro-batches they hold share a plan if that costs them nothing that
+    can be proven: a plan for more in flight fits, and what an unlimited device could do at best bounds both.
+    """
+    alike = _alike(keyed, mesh, replace(options, in_flight=1))
+    fitting = [other for other in alike if other.memory.in_flight > options.in_flight]
+    if fitting:
+        best = min(fitting, key=lambda other: other.objective)
+        bound = _unlimited(keyed, mesh, replace(options, in_flight=1))
+        memory = replace(best.memory, in_flight=options.in_flight)
+        shared = replace(best, memory=memory, bound=max(0.0, min(bound, best.objective)), status="feasible")
+        if shared.gap <= max(options.gap, SHARED_GAP * best.gap):
+            return shared
+    found = _solve(prepare(keyed.region, mesh, options))
+    alike.append(found)
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _alike(keyed: _Keyed, mesh: Mesh, options: Options) -> list[ShardingPlan]:
+    """The plans made so far for one region with any number of micro-batches in flight."""
+    return []
+
+
+@functools.lru_cache(maxsize=256)
+def _unlimited(keyed: _Keyed, mesh: Mesh, options: Options) -> float:
+    """Seconds that no plan of the region goes below, whatever memory there is."""
+    setting = prepare(keyed.region, mesh, options)
+    return minimise(setting.costs(options.memory_price), None, options.seconds, options.gap).bound
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,13 +17,14 @@ from autopar.trace.arguments import Call, Tree, shapes, split_call, take_apart
 from autopar.trace.fingerprint import fingerprint
 from autopar.trace.flat import Flat, dce, flatten
 from autopar.trace.graph import trace
+from autopar.trace.kept import kept_bytes
 from autopar.trace.microbatch import Analysis
 from autopar.trace.rules import RuleBook
 from autopar.trace.scans import CutScans, cut_scans
 from autopar.trace.staging import Staged, definition, stage
 from autopar.trace.state import Roles, roles
 from autopar.trace.traced import Assign, Leaf, Traced
-from autopar.trace.work import flops
+from autopar.trace.work import flops, nbytes
 
 RULES = RuleBook()
 """What Shardy has been asked so far in this process; pass another RuleBook to `capture` to start afresh."""
@@ -93,15 +94,54 @@ def prepare(
 ) -> Prepared:
     """Returns the first half of `capture`, which does not depend on what is recomputed. Arguments as
     there."""
+    _check_count(microbatches)
+    begun = begin(
+        fun,
+        args,
+        kwargs,
+        static_argnums=static_argnums,
+        static_argnames=static_argnames,
+        batch_argnums=batch_argnums,
+    )
+    return split(begun, microbatches, layer_scans=layer_scans, rules=rules)
+
+
+def _check_count(microbatches: int) -> None:
     if microbatches < 1:
         raise BadInput(f"expected at least 1 micro-batch, got {microbatches}")
+
+
+def begin(
+    fun: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    static_argnums: Sequence[int] = (),
+    static_argnames: Sequence[str] = (),
+    batch_argnums: Sequence[int] | None = None,
+) -> Begun:
+    """Returns the step traced for the full batch, which every number of micro-batches begins with. Arguments
+    as in `capture`."""
     call = split_call(fun, args, kwargs or {}, static_argnums, static_argnames)
     tree = take_apart((call.args, dict(call.kwargs)), call.describe, definition(fun))
     full = shapes(tree.arrays)
     staged = stage(fun, call, tree, full)
-    role = roles(call, tree, full, staged.result, batch_argnums, microbatches)
-    step = _Step(fun, call, tree, tuple(full), staged, role, microbatches)
-    return Prepared(step, *_cut_batch(step, layer_scans, rules))
+    return Begun(fun, call, tree, tuple(full), staged, dce(flatten(staged.closed)), batch_argnums)
+
+
+def split(
+    begun: Begun,
+    microbatches: int,
+    *,
+    layer_scans: Sequence[int] | bool = True,
+    rules: RuleBook = RULES,
+) -> Prepared:
+    """Returns a step for one of `microbatches` micro-batches. Arguments and errors as in `capture`."""
+    _check_count(microbatches)
+    b = begun
+    role = roles(b.call, b.tree, b.full, b.staged.result, b.batch_argnums, microbatches)
+    step = _Step(b.fun, b.call, b.tree, b.full, b.staged, role, microbatches)
+    return Prepared(step, *_cut_batch(step, b.flat, layer_scans, rules))
 
 
 def finish(
@@ -123,6 +163,25 @@ def finish(
     traced = replace(traced, fingerprint=fingerprint(traced))
     traced.check()
     return traced
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A function, its arguments, and what one run on tracers told about them.
+
+    Attributes:
+        fun, call, tree: the function and its arguments. full: shapes of the full batch's arrays.
+        staged, flat: its jaxpr, as it was traced and flattened.
+        batch_argnums: as `capture` got them.
+    """
+
+    fun: Callable[..., Any]
+    call: Call
+    tree: Tree
+    full: tuple[Any, ...]
+    staged: Staged
+    flat: Flat
+    batch_argnums: Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -164,13 +223,27 @@ class Prepared:
         ahead = set(gradient.gradient_equations(self.cut.flat))
         return sum(flops(e) * (3 if i in ahead else 1) for i, e in enumerate(self.cut.flat.equations))
 
+    @property
+    def least_bytes(self) -> int:
+        """Bytes that all devices together need at least: state, sums of gradients, and what the backward pass
+        of one micro-batch keeps, where nothing is computed again. Only `autopar.grad` tells of a backward."""
+        flat = self.cut.flat
+        pieces = zip(self.step.role.batch, self.cut.inputs, strict=True)
+        is_batch = [b for b, n in pieces for _ in range(n)]
+        state = [v for v, b in zip(flat.inputs, is_batch) if not b]
+        ahead = [flat.equations[i] for i in gradient.gradient_equations(flat)]
+        kept = sum(kept_bytes(e) for e in ahead)
+        several = self.step.microbatches > 1
+        sums = [e.invars[i] for e in ahead for i in e.params["wrt"]] if several else []
+        return sum(nbytes(v.aval) for v in [*state, *sums]) + kept
+
 
 def _cut_batch(
-    step: _Step, layer_scans: Sequence[int] | bool, rules: RuleBook
+    step: _Step, whole: Flat, layer_scans: Sequence[int] | bool, rules: RuleBook
 ) -> tuple[CutScans, Analysis | None, Var | None]:
     """Returns the step for one micro-batch, how its results combine, and its index if it needs to know it."""
     batch = [i for i, is_batch in enumerate(step.role.batch) if is_batch]
-    full = _cut_scans(dce(flatten(step.staged.closed)), layer_scans, batch, rules)
+    full = _cut_scans(whole, layer_scans, batch, rules)
     m = step.microbatches
     if m == 1:
         return full, None, None

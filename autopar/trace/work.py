@@ -10,8 +10,8 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from autopar.core.graph import OpKind, Rule
 from autopar.trace import compat
 
-_CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
-_VIEWS = frozenset(
+CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
+VIEWS = frozenset(
     {
         "bitcast_convert_type",
         "broadcast_in_dim",
@@ -45,9 +45,9 @@ def kind(equation: JaxprEqn, rule: Rule | None) -> OpKind:
         return OpKind.LOOP
     if rule is None:
         return OpKind.OPAQUE
-    if name in _CONTRACTIONS:
+    if name in CONTRACTIONS:
         return OpKind.CONTRACTION
-    if name in _VIEWS:
+    if name in VIEWS:
         return OpKind.VIEW
     if name in _INDEXED:
         return OpKind.INDEXED
@@ -81,7 +81,7 @@ def flops(equation: JaxprEqn) -> float:
     inner = [total_flops(jaxpr) for jaxpr in compat.inner_jaxprs(equation)]
     if inner:
         return max(inner) if name == "cond" else sum(inner)
-    if name in _VIEWS:
+    if name in VIEWS:
         return 0.0
     operands = sum(_size(v) for v in equation.invars)
     results = sum(_size(v) for v in equation.outvars)
@@ -95,7 +95,7 @@ def total_flops(closed: ClosedJaxpr) -> float:
 
 def contraction_flops(equation: JaxprEqn) -> float:
     """Returns the floating-point operations of an equation's products, those inside a scan included."""
-    if equation.primitive.name in _CONTRACTIONS:
+    if equation.primitive.name in CONTRACTIONS:
         return flops(equation)
     scan = compat.scan_of(equation)
     times = scan.length if scan is not None else 1
@@ -118,6 +118,12 @@ def _convolution(equation: JaxprEqn) -> float:
     kernel = _shape(equation.invars[1])
     window = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
     return 2.0 * _size(equation.outvars[0]) * window / math.prod(params["lhs_dilation"])
+
+
+def nbytes(aval: Any) -> int:
+    """Returns the bytes of a value; nothing for what is no array."""
+    dtype = getattr(aval, "dtype", None)
+    return math.prod(aval.shape) * getattr(dtype, "itemsize", 0)
 
 
 def _shape(atom: Any) -> tuple[int, ...]:
