@@ -16,9 +16,14 @@ import jax.numpy as jnp
 from autopar.core.errors import BadInput, UnknownName
 from autopar.models import families, gpt, mlp, moe, opt, wide_resnet
 from autopar.models.families import Family
+from autopar.models.paged import Cache
 from autopar.models.step import ModelStep, adamw, count_parameters, init_state, train_step
 
 Array = jax.Array
+
+
+DECODE_BLOCK = 16
+"""Tokens in a KV block of `get_decode`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +38,13 @@ class Entry:
 
 
 class DecodeInput(NamedTuple):
-    """What a decode step reads beside the parameters: a cache, `tokens [batch, 1]`, their int32 position."""
+    """What a decode step reads beside the parameters; see `autopar.models.decoder.step`."""
 
-    cache: opt.Cache
+    cache: Cache
     tokens: Array
-    position: Array
+    positions: Array
+    lengths: Array
+    tables: Array
 
 
 def _gpt(hidden: int, layers: int, heads: int) -> Entry:
@@ -178,13 +185,17 @@ def get_decode(
     dtype = entry.dtype if dtype is None else dtype
     batch, length = _positive("batch", batch, batch), _positive("length", length, length)
     config = _configure(name, entry.config, length, {"dtype": dtype, "param_dtype": dtype} | changes)
+    blocks = -(-length // DECODE_BLOCK)
 
-    def step(params: opt.Params, inputs: DecodeInput) -> tuple[Array, opt.Cache]:
-        return opt.decode(config, params, *inputs)
+    def step(params: opt.Params, inputs: DecodeInput) -> tuple[Array, Cache]:
+        return opt.step(config, params, *inputs)
 
     def make_batch(key: Array) -> DecodeInput:
         tokens = jax.random.randint(key, (batch, 1), 0, config.vocabulary, jnp.int32)
-        return DecodeInput(opt.init_cache(config, batch, length), tokens, jnp.int32(0))
+        shapes = opt.cache_shapes(config, 1 + batch * blocks, DECODE_BLOCK, dtype)
+        cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        tables = 1 + jnp.arange(batch * blocks, dtype=jnp.int32).reshape(batch, blocks)
+        return DecodeInput(cache, tokens, jnp.zeros(batch, jnp.int32), jnp.ones(batch, jnp.int32), tables)
 
     title = f"OPT decode step, batch {batch}, cache of {length} tokens"
     return _model_step(name, step, functools.partial(opt.init, config), make_batch, batch, title)

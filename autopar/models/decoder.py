@@ -1,0 +1,228 @@
+"""What the decoders that are served have in common: the walk through their layers, products and norms.
+
+A model is three functions, `Parts`; `forward` reads whole sequences with them and `step` goes on with
+sequences whose keys and values are in blocks. Layers are unrolled, each with its own weights: a scan would
+copy weight slices and the cache at every step. Weights are kept as `[out, in]`: a product is `weight · x`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from autopar.core.errors import BadInput
+from autopar.models.paged import Cache, LayerCache, Slots, attention, causal, slots
+
+Array = jax.Array
+Params = dict[str, Any]
+Mix = Callable[..., tuple[Array, LayerCache | None]]
+"""`mix(query, key, value, slopes=None)`: attention, and a layer's cache with the new keys and values."""
+
+
+class Parts(NamedTuple):
+    """A decoder in three functions.
+
+    Attributes:
+        embed: `(config, params, tokens, positions) → x`, all `[rows, new]`, x `[rows, new, hidden]`.
+        block: `(config, params["Block_i"], x, positions, mix) → (x, cache)`, cache as `mix` gave it.
+        head: `(config, params, x) → logits`, `[…, vocabulary]` in the dtype of x.
+    """
+
+    embed: Callable[..., Array]
+    block: Callable[..., tuple[Array, LayerCache | None]]
+    head: Callable[..., Array]
+
+
+def forward(parts: Parts, config: Any, params: Params, tokens: Array) -> Array:
+    """Returns the logits of every position, `[batch, time, vocabulary]` in `config.dtype`.
+
+    Args:
+        tokens: `[batch, time]` integers, time at most `config.positions`.
+    """
+    check_length(config.positions, tokens.shape[1])
+    positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
+    x = _embed(parts, config, params, tokens, positions)
+    for i in range(config.layers):
+        with jax.named_scope(f"Block_{i}"):
+            x, _ = parts.block(config, params[f"Block_{i}"], x, positions, _causal)
+    return _head(parts, config, params, x)
+
+
+def step(
+    parts: Parts,
+    config: Any,
+    params: Params,
+    cache: Cache,
+    tokens: Array,
+    positions: Array,
+    lengths: Array,
+    tables: Array,
+    every: bool = False,
+) -> tuple[Array, Cache]:
+    """Returns the logits after each row's last real token, and the cache with the new tokens in it.
+
+    Args:
+        cache: pools as in `cache_shapes`; what a row's blocks hold from its position on is ignored.
+        tokens: int32 `[rows, new]`.
+        positions: int32 `[rows]`, index of each row's first new token in its sequence.
+        lengths: int32 `[rows]`, how many of a row's new tokens are real, 0 for a row that is padding.
+        tables: int32 `[rows, blocks]`, the blocks of a row in order, `SCRATCH` beyond its end.
+        every: give the logits of all new tokens instead.
+    Returns:
+        float32 `[rows, vocabulary]` (`[rows, new, vocabulary]` for `every`), and the new cache.
+    """
+    where = slots(cache, tokens, positions, lengths, tables)
+    x = _embed(parts, config, params, tokens, jnp.minimum(where.positions, config.positions - 1))
+    layers = []
+    for i, layer in enumerate(cache):
+        with jax.named_scope(f"Block_{i}"):
+            mix = _Paged(layer, where)
+            x, layer = parts.block(config, params[f"Block_{i}"], x, where.positions, mix)
+        layers.append(layer)
+    logits = _head(parts, config, params, x if every else last_tokens(x, where)).astype(jnp.float32)
+    return logits if every else logits[:, 0], tuple(layers)
+
+
+class _Paged(NamedTuple):
+    """The `Mix` of one layer of a step."""
+
+    cache: LayerCache
+    where: Slots
+
+    def __call__(self, *args: Any, **more: Any) -> tuple[Array, LayerCache]:
+        return attention(self.cache, self.where, *args, **more)
+
+
+def _causal(*args: Any, **more: Any) -> tuple[Array, None]:
+    return causal(*args, **more), None
+
+
+def _embed(parts: Parts, *args: Any) -> Array:
+    with jax.named_scope("embedding"):
+        return parts.embed(*args)
+
+
+def _head(parts: Parts, *args: Any) -> Array:
+    with jax.named_scope("head"):
+        return parts.head(*args)
+
+
+def last_tokens(x: Array, where: Slots) -> Array:
+    """Returns `[rows, 1, hidden]` of `[rows, new, hidden]`: each row's last real token."""
+    if x.shape[1] == 1:
+        return x
+    return jnp.take_along_axis(x, where.last[:, None, None], axis=1, mode="clip")
+
+
+def greedy(logits: Array) -> Array:
+    """Returns the likeliest token of each row, int32 `[rows]`, the lowest id among equals.
+
+    Two plain passes, the largest value and then the first place that has it: XLA's argmax carries pairs
+    through one pass, which is several times slower on a CPU and gathers a split vocabulary on a mesh.
+
+    Args:
+        logits: float32 `[rows, vocabulary]`.
+    """
+    vocabulary = logits.shape[-1]
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    # Where all are NaN no place equals the largest: say the last id rather than one that is none.
+    return jnp.minimum(jnp.min(jnp.where(logits == best, ids, vocabulary), axis=-1), vocabulary - 1)
+
+
+def take(table: Array, ids: Array, dtype: Any) -> Array:
+    """Returns rows of an embedding table, `[…, width]` in `dtype`."""
+    return jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
+
+
+def linear(params: Params, x: Array, inputs: int = 1) -> Array:
+    """Returns weight · x (+ bias): `[…, in] → […, out]`.
+
+    Args:
+        params: "kernel" `[out…, in…]`, of any number of dims out, and perhaps "bias" `[out…]`.
+        inputs: how many dims in there are.
+    """
+    y = product(params["kernel"], x, inputs)
+    return y + params["bias"].astype(x.dtype) if "bias" in params else y
+
+
+def product(weight: Array, x: Array, inputs: int = 1) -> Array:
+    """Returns weight · x over the last `inputs` dims of both, the dims of `x` first, in the dtype of `x`."""
+    over = tuple(range(weight.ndim - inputs, weight.ndim)), tuple(range(x.ndim - inputs, x.ndim))
+    # The weight is the left operand: on a CPU one token's product then reads it as it lies.
+    y = jax.lax.dot_general(weight.astype(x.dtype), x, (over, ((), ())))
+    outer = weight.ndim - inputs
+    return y.transpose(*range(outer, y.ndim), *range(outer))
+
+
+def layer_norm(params: Params, x: Array, epsilon: float = 1e-5) -> Array:
+    """Returns x normalised over its last dim, in float32, scaled and shifted; in the dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (wide * params["scale"] + params["bias"]).astype(x.dtype)
+
+
+def rms_norm(params: Params, x: Array, epsilon: float) -> Array:
+    """Returns x over its root mean square, in float32, scaled (Zhang & Sennrich 2019)."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (wide * params["scale"]).astype(x.dtype)
+
+
+def block_shapes(hidden: int, heads: int, inner: int, dtype: Any) -> Params:
+    """Returns the parameters of a block with norms, biases and four kernels of attention, two beyond it.
+
+    Kernels are `[out, in]`, with heads and their size apart: `[heads, size, hidden]` of a query.
+    """
+
+    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    size = hidden // heads
+    norm = {"scale": leaf(hidden), "bias": leaf(hidden)}
+    split = {"kernel": leaf(heads, size, hidden), "bias": leaf(heads, size)}
+    return {
+        "norm_attention": dict(norm),
+        "query": dict(split),
+        "key": dict(split),
+        "value": dict(split),
+        "out": {"kernel": leaf(hidden, heads, size), "bias": leaf(hidden)},
+        "norm_feed_forward": dict(norm),
+        "up": {"kernel": leaf(inner, hidden), "bias": leaf(inner)},
+        "down": {"kernel": leaf(hidden, inner), "bias": leaf(hidden)},
+    }
+
+
+def norm_shapes(hidden: int, dtype: Any) -> Params:
+    """Returns the parameters of a layer norm."""
+    return {"scale": jax.ShapeDtypeStruct((hidden,), dtype), "bias": jax.ShapeDtypeStruct((hidden,), dtype)}
+
+
+def check_heads(hidden: int, heads: int) -> None:
+    """Raises BadInput unless `heads` divides `hidden`."""
+    if hidden % heads:
+        raise BadInput(f"heads={heads} must divide hidden={hidden}; choose another of the two")
+
+
+def check_length(positions: int, length: int) -> None:
+    """Raises BadInput when there are fewer positions than tokens."""
+    if length > positions:
+        raise BadInput(f"a length of {length} tokens, but the model has {positions} positions")
+
+
+def normal_init(shapes: Params, key: Array) -> Params:
+    """Returns random parameters: norms' scales one, biases zero, the rest normal of deviation 0.02."""
+    leaves, tree = jax.tree.flatten_with_path(shapes)
+    keys = jax.random.split(key, len(leaves))
+    made = []
+    for (path, leaf), leaf_key in zip(leaves, keys):
+        name = path[-1].key
+        if name in ("scale", "bias"):
+            made.append(jnp.full(leaf.shape, float(name == "scale"), leaf.dtype))
+        else:
+            made.append(0.02 * jax.random.normal(leaf_key, leaf.shape, leaf.dtype))
+    return jax.tree.unflatten(tree, made)
