@@ -129,6 +129,8 @@ class Equation:
             wherever it is used.
         source: the user's "file.py:41", or "".
         loop: the body, when kind is LOOP.
+        costly: elementwise, but too dear to be computed again in every kernel that reads it (exp, tanh,
+            division, …): with several readers its result is kept.
     """
 
     op: str
@@ -141,6 +143,7 @@ class Equation:
     layer: int | None = None
     source: str = ""
     loop: Loop | None = None
+    costly: bool = False
 
     @property
     def operands(self) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
 """Bytes over time: what is alive on one device while the region runs, for every choice.
 
-State is there for the whole step; so are gradient sums when there are several micro-batches. What the forward
-leaves to the backward counts for every micro-batch in flight while micro-batches run. Everything else lives
-from its equation to its last use; results of elementwise equations are fused into their readers and keep
-alive what they are made of, unless that is larger than they are.
+State is there for the whole step; so are gradient sums when there are several micro-batches. Everything else
+lives from its equation to its last use; where micro-batches overlap (a pipeline's stage), what the forward
+leaves to the backward counts for every one in flight while micro-batches run. Which elementwise results reach
+memory at all follows XLA's rules of fusion, see `autopar.sharding.fusion`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from autopar.core.graph import Combine, OpKind, Phase, Value
+from autopar.core.graph import Combine, Phase, Value
 from autopar.core.plan import Memory
+from autopar.sharding.fusion import fuse
 from autopar.sharding.grid import Grid
 from autopar.sharding.model import Home, Key, Model
 from autopar.sharding.region import Region
-from autopar.sharding.strategies import kind_of
 
 STATE, RESIDUAL, PASSING = "state", "residual", "passing"
 
@@ -69,7 +69,9 @@ def usage(
         if not key[0] and key[1] in sums:
             add(key, home, 0, end, STATE, region.microbatches if sums[key[1]] is Combine.CONCAT else 1)
             stop = min(stop, max(turn, start + 1))
-        if residual:
+        if residual and region.whole and in_flight == 1:  # one program: freed as the backward goes
+            add(key, home, start, stop, RESIDUAL)
+        elif residual:
             add(key, home, 0, turn, RESIDUAL, in_flight)
         else:
             add(key, home, start, stop, PASSING)
@@ -86,76 +88,57 @@ class Spans:
     """When each homed value is alive."""
 
     def __init__(self, region: Region, model: Model, nbytes: Callable[[Value], int]):
-        self.region, self.model, self.nbytes = region, model, nbytes
+        self.region, self.model = region, model
         self.split = not region.whole
-        self.folded: dict[Key, Key] = {}
         self.made: dict[Key, Phase] = {}
-        self.skip: set[Key] = {((), v) for v in region.state} | {((), v) for v, _ in region.ties}
-        self._follow_steps()
-        self.last: dict[Key, int] = {}
-        self.crossing: set[Key] = set()
-        self._extend()
-
-    def of(self, key: Key) -> tuple[int, int, bool] | None:
-        """Returns (start, stop, is a residual) of a value, or None when it takes no memory of its own."""
-        if key in self.skip or key in self.folded:
-            return None
-        start = self.model.first[key]
-        stop = max(self.last.get(key, start), start) + 1
-        if not key[0] and key[1] in self.region.results:
-            stop = self.model.ticks + 1
-        return start, stop, key in self.crossing
-
-    def _follow_steps(self) -> None:
-        """Decides which elementwise results are folded into the one value they are made of."""
-        model = self.model
         for path, scope in model.scopes.items():
             for e in scope.equations:
                 self.made.update(((path, v), scope.phase or e.phase) for v in e.outputs)
-        for step in model.steps:
-            scope = model.scopes[step.path]
-            if kind_of(step.equation) not in (OpKind.FUSED, OpKind.VIEW):
-                continue
-            for v in step.equation.outputs:
-                size = self.nbytes(scope.values[v])
-                big = {
-                    self.folded.get((step.path, u), (step.path, u))
-                    for u in step.equation.operands
-                    if (step.path, u) in model.homes and 8 * self.nbytes(scope.values[u]) > size
-                }
-                if len(big) == 1 and self.nbytes(model.value(root := next(iter(big)))) <= size:
-                    if self.split and step.phase is not self.made.get(root, step.phase):
-                        continue
-                    self.folded[step.path, v] = root
-        for path in model.scopes:  # a body input is a view of what the loop was given
-            if path:
-                loop = model.scopes[path[:-1]].equations[path[-1]].loop
-                assert loop is not None
-                self.skip.update(
-                    (path, b) for b in scope_inputs(loop.body.inputs, loop.consts + loop.carries)
-                )
-
-    def _extend(self) -> None:
-        """Finds last uses, and the values that the backward reads from the forward."""
-        arriving = {((), v) for v in self.region.arriving}
-        begun: dict[Key, Phase] = {}
-        for key, uses in self.model.uses.items():
-            root = self.folded.get(key, key)
+        self.skip: set[Key] = {((), v) for v in region.state} | {((), v) for v, _ in region.ties}
+        self.skip |= loop_constants(model)
+        self.fusion = fuse(region, model, nbytes)
+        self.last: dict[Key, int] = {}
+        self.crossing: set[Key] = set()
+        self._begun: dict[Key, Phase] = {}
+        for key, uses in model.uses.items():
             for tick, phase in uses:
-                self.last[root] = max(self.last.get(root, 0), tick)
-                begun.setdefault(root, phase)
-                made = self.made.get(root, begun[root] if root in arriving else Phase.APPLY)
-                if made is Phase.FORWARD and phase is Phase.BACKWARD:
-                    self._cross(key, root)
+                self._use(key, tick, phase, {key})
 
-    def _cross(self, key: Key, root: Key) -> None:
-        """Marks what a backward use of a forward value holds: separate programs hand over the value."""
-        if self.split and key != root and self.made.get(key) is Phase.FORWARD:
-            self.folded.pop(key, None)
-            self.last[key] = max(tick for tick, _ in self.model.uses[key])
+    def of(self, key: Key) -> tuple[int, int, bool] | None:
+        """Returns (start, stop, is a residual) of a value, or None when it takes no memory of its own."""
+        result = not key[0] and key[1] in self.region.results
+        if key in self.skip or (key in self.fusion.sources and key not in self.last and not result):
+            return None
+        start = self.model.first[key]
+        stop = self.model.ticks + 1 if result else max(self.last.get(key, start), start) + 1
+        return start, stop, key in self.crossing
+
+    def _use(self, key: Key, tick: int, phase: Phase, seen: set[Key]) -> None:
+        """Keeps alive what a read of a value needs: the value itself, or what it is computed from again."""
+        sources = self.fusion.sources.get(key)
+        # separate programs hand over the value that the backward reads, not what it is made of
+        handed = self.split and self.made.get(key) is Phase.FORWARD and phase is not Phase.FORWARD
+        if sources is not None and not handed and tick not in self.fusion.kept_for.get(key, ()):
+            for source in sources - seen:
+                self._use(source, tick, phase, seen | {source})
+            return
+        self.last[key] = max(self.last.get(key, 0), tick)
+        arriving = not key[0] and key[1] in self.region.arriving
+        begun = self._begun.setdefault(key, phase)
+        made = self.made.get(key, begun if arriving else Phase.APPLY)
+        if made is Phase.FORWARD and phase is Phase.BACKWARD:
             self.crossing.add(key)
-        else:
-            self.crossing.add(root)
+
+
+def loop_constants(model: Model) -> set[Key]:
+    """Returns the body inputs that are no slices: they are what the loop was given."""
+    found: set[Key] = set()
+    for path in model.scopes:
+        if path:
+            loop = model.scopes[path[:-1]].equations[path[-1]].loop
+            assert loop is not None
+            found.update((path, b) for b in scope_inputs(loop.body.inputs, loop.consts + loop.carries))
+    return found
 
 
 def scope_inputs(inputs: Sequence[int], count: int) -> Iterable[int]:
@@ -184,7 +167,7 @@ def _gathered(region: Region, model: Model, grid: Grid, nbytes: Callable[[Value]
     return found
 
 
-def totals(items: Sequence[Item], chosen: Sequence[int], turn: int, in_flight: int, limit: int) -> Memory:
+def totals(items: Sequence[Item], chosen: Sequence[int], in_flight: int, limit: int) -> Memory:
     """Returns the memory of a choice per node; its `peak` is the most that is alive at any tick."""
     state = residual = 0
     horizon = max((item.stop for item in items), default=0) + 1
@@ -193,13 +176,10 @@ def totals(items: Sequence[Item], chosen: Sequence[int], turn: int, in_flight: i
         used = int(item.nbytes[chosen[item.node]])
         if item.role == STATE:
             state += used
-        elif item.role == RESIDUAL:
-            residual += used
-        else:
-            steps[item.start] += used
-            steps[item.stop] -= used
-    alive = np.cumsum(steps)
+            continue
+        residual += used if item.role == RESIDUAL else 0
+        steps[item.start] += used
+        steps[item.stop] -= used
     held = residual // max(1, in_flight)
-    during, after = int(alive[:turn].max(initial=0)), int(alive[turn:].max(initial=0))
-    workspace = max(during, after - held * in_flight, 0)
-    return Memory(state, held, in_flight, workspace, limit)
+    alive = int(np.cumsum(steps).max(initial=0))
+    return Memory(state, held, in_flight, max(0, alive - held * in_flight), limit)

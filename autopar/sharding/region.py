@@ -133,7 +133,7 @@ def region_key(region: Region) -> str:
 
 
 def _equation_key(e: Equation) -> tuple[object, ...]:
-    return e.inputs, e.outputs, e.rule, e.kind, e.flops, e.phase, e.loop and _loop_key(e.loop)
+    return e.inputs, e.outputs, e.rule, e.kind, e.flops, e.phase, e.costly, e.loop and _loop_key(e.loop)
 
 
 def _loop_key(loop: Loop) -> tuple[object, ...]:

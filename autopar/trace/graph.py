@@ -10,6 +10,7 @@ from jax.extend.core import JaxprEqn, Literal, Var
 
 from autopar.core.graph import Equation, Graph, Loop, Phase, Value
 from autopar.trace import compat, marks, work
+from autopar.trace.costly import costly
 from autopar.trace.flat import Builder, Flat, dce, flatten
 from autopar.trace.rules import RuleBook
 from autopar.trace.traced import Traced
@@ -80,6 +81,7 @@ def build(
                 layer=None if mark.layer is None else layers.index(mark.layer),
                 source=_source(equation, lines),
                 loop=_loop(equation, bodies.get(i)),
+                costly=costly(equation),
             )
         )
     return Graph(

@@ -1,0 +1,78 @@
+"""Which elementwise results reach memory: XLA's rules of fusion, applied to a region.
+
+A kernel writes what other kernels read. An elementwise result is computed inside of every kernel that reads
+it, and keeps alive what it is made of instead of itself, except (`xla::InstructionFusion`):
+
+- what has several readers and is too dear to be computed by each of them (`Equation.costly`);
+- what has several readers and more than one operand of its size: each reader would read all of them;
+- readers that no elementwise operation fuses into (products, gathers, sorts, loops, …): for these the result
+  is written, once.
+
+A reshape or a cast-free view of one operand is that operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from autopar.core.graph import OpKind, Value
+from autopar.sharding.model import Key, Model, Step
+from autopar.sharding.region import Region
+from autopar.sharding.strategies import kind_of
+
+SMALL = 8
+"""An operand at least this many times smaller than the result counts as broadcast."""
+
+
+@dataclass
+class Fusion:
+    """What is computed inside of its readers.
+
+    Attributes:
+        sources: such a value → the values it is made of (none for what is made of constants).
+        kept_for: such a value → ticks of readers for which it is written all the same.
+    """
+
+    sources: dict[Key, frozenset[Key]] = field(default_factory=dict)
+    kept_for: dict[Key, frozenset[int]] = field(default_factory=dict)
+
+
+def fuse(region: Region, model: Model, nbytes: Callable[[Value], int]) -> Fusion:
+    """Returns which values of a model are fused into their readers."""
+    found = Fusion()
+    hungry = {step.tick for step in model.steps if not _fuses(step)}
+    steps = {step.tick for step in model.steps}
+    leaving = {((), v) for v in region.leaving}
+    for step in model.steps:
+        if kind_of(step.equation) not in (OpKind.FUSED, OpKind.VIEW):
+            continue
+        for v in step.equation.outputs:
+            key = step.path, v
+            if key not in model.homes or key in leaving:
+                continue
+            size = nbytes(model.value(key))
+            big = _big(step, model, nbytes, size)
+            ticks = {tick for tick, _ in model.uses.get(key, [])}
+            several = len(ticks) > 1
+            if several and (step.equation.costly or len(big) > 1):
+                continue
+            found.sources[key] = big
+            view = step.equation.kind is OpKind.VIEW and any(nbytes(model.value(u)) == size for u in big)
+            if not view:
+                found.kept_for[key] = frozenset(t for t in ticks if t in hungry or t not in steps)
+    return found
+
+
+def _fuses(step: Step) -> bool:
+    """Whether the kernel of a step may compute its operands itself: elementwise ones and reductions may."""
+    kind, rule = kind_of(step.equation), step.equation.rule
+    if kind is OpKind.MEMORY:
+        return rule is not None and bool(rule.reductions) and not rule.fixed
+    return kind in (OpKind.FUSED, OpKind.VIEW)
+
+
+def _big(step: Step, model: Model, nbytes: Callable[[Value], int], size: int) -> frozenset[Key]:
+    """The operands that are not broadcast."""
+    operands = ((step.path, u) for u in step.equation.operands)
+    return frozenset(k for k in operands if k in model.homes and SMALL * nbytes(model.value(k)) > size)

@@ -1,0 +1,92 @@
+"""What reaches memory: the rules of fusion on hand-written graphs, and the peak beside the compiled one's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import pytest
+
+from autopar.bench.plan_cell import STRUCTURE, step_segment
+from autopar.bench.score import peak_bytes
+from autopar.core.graph import Equation, Graph, OpKind, Rule, Value
+from autopar.core.mesh import Axis, Device, Mesh
+from autopar.models import catalog
+from autopar.runtime.layout import jax_mesh
+from autopar.runtime.lower import lower
+from autopar.runtime.segments import Compiled
+from autopar.sharding.fusion import Fusion
+from autopar.sharding.memory import Spans
+from autopar.sharding.options import Options
+from autopar.sharding.plan import plan, prepare
+from autopar.sharding.region import extract
+from autopar.trace.capture import capture
+from autopar.trace.gradient import value_and_grad
+
+MESH = Mesh(Device("test", 1 << 34, 9e11, (("float32", 1.4e13),), 1e11), (Axis("x", 4, 1e11, 5e-6),))
+SIDE = 64
+SAME = Rule((((0,), (1,)),), (((0,), (1,)),), (SIDE, SIDE))
+BOTH = replace(SAME, operands=SAME.operands * 2)
+DOT = Rule((((0,), (1,)), ((1,), (2,))), (((0,), (2,)),), (SIDE,) * 3, reductions=(1,))
+
+
+def unary(source: int, to: int, costly: bool = False) -> Equation:
+    return Equation("tanh" if costly else "neg", (source,), (to,), SAME, OpKind.FUSED, costly=costly)
+
+
+def add(a: int, b: int, to: int) -> Equation:
+    return Equation("add", (a, b), (to,), BOTH, OpKind.FUSED)
+
+
+def dot(a: int, b: int, to: int) -> Equation:
+    return Equation("dot_general", (a, b), (to,), DOT, OpKind.CONTRACTION, 2.0 * SIDE**3)
+
+
+def analyse(*equations: Equation, outputs: tuple[int, ...]) -> tuple[Fusion, Spans]:
+    """Value 0 is the batch, value 1 a parameter."""
+    count = 1 + max(v for e in equations for v in e.outputs)
+    values = tuple(Value((SIDE, SIDE), "float32") for _ in range(count))
+    graph = Graph(values, equations, (0, 1), outputs, ("0",), batch=(0,))
+    graph.check()
+    setting = prepare(extract(graph, range(len(equations))), MESH, Options())
+    spans = Spans(setting.region, setting.model, setting.nbytes)
+    ids = {v: i for i, v in enumerate(setting.region.ids)}
+    assert ids == {v: v for v in ids}, "the tests number values as they appear"
+    return spans.fusion, spans
+
+
+def test_a_cheap_result_is_computed_in_its_readers_and_keeps_its_operand():
+    fusion, spans = analyse(dot(0, 1, 2), unary(2, 3), unary(3, 4), dot(4, 1, 5), outputs=(5,))
+    assert spans.of(((), 3)) is None
+    assert fusion.sources[(), 4] == {((), 3)} and fusion.kept_for[(), 4] == {4}
+    assert spans.of(((), 4)) == (3, 5, False)  # a product reads it, so it is written
+    assert spans.of(((), 2)) == (1, 4, False)  # read by the kernel that writes 4
+
+
+def test_a_costly_result_is_kept_for_several_readers_only():
+    many = (dot(0, 1, 2), unary(2, 3, costly=True), unary(3, 4), unary(3, 5), add(4, 5, 6))
+    fusion, spans = analyse(*many, outputs=(6,))
+    assert ((), 3) not in fusion.sources and spans.of(((), 3)) is not None
+    fusion, spans = analyse(dot(0, 1, 2), unary(2, 3, costly=True), unary(3, 4), outputs=(4,))
+    assert ((), 3) in fusion.sources and spans.of(((), 3)) is None
+
+
+def test_a_sum_of_two_that_several_read_is_kept():
+    fusion, _ = analyse(
+        dot(0, 1, 2), dot(2, 1, 3), add(2, 3, 4), unary(4, 5), unary(4, 6), add(5, 6, 7), outputs=(7,)
+    )
+    assert ((), 4) not in fusion.sources
+    assert ((), 5) in fusion.sources and ((), 6) in fusion.sources
+
+
+@pytest.mark.parametrize("sizes", [("mlp", {}), ("gpt-tiny", {"layers": 2, "sequence": 64, "hidden": 128})])
+def test_the_predicted_peak_is_near_the_compiled_programs(sizes: tuple[str, dict[str, int]]):
+    """XLA orders kernels by itself, so that some results live longer than the equations' order says."""
+    name, more = sizes
+    model = catalog.get(name, batch=64, value_and_grad=value_and_grad, **more)
+    traced = capture(model.step, model.args)
+    found = plan(traced.graph, range(len(traced.graph.equations)), MESH)
+    low = lower(traced, step_segment(traced.graph), found, jax_mesh(MESH, jax.devices()[:4]))
+    donated = tuple(sorted({i for _, i in traced.graph.aliases}))
+    ready = Compiled(low, donated).jitted.lower(*low.inputs)  # type: ignore[attr-defined]
+    assert found.memory.peak == pytest.approx(peak_bytes(ready.compile(compiler_options=STRUCTURE)), rel=0.15)
