@@ -68,7 +68,7 @@ Config = BloomConfig
 
 def parameter_shapes(config: BloomConfig) -> Params:
     """Returns the parameters as `jax.ShapeDtypeStruct`s; tied embeddings, so the head has none of its own."""
-    hidden, inner, kind = config.hidden, 4 * hidden, config.param_dtype
+    hidden, inner, kind = config.hidden, 4 * config.hidden, config.param_dtype
     params: Params = {
         f"Block_{i}": block_shapes(hidden, config.heads, inner, kind) for i in range(config.layers)
     }

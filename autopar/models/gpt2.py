@@ -69,7 +69,8 @@ Config = GPT2Config
 
 def parameter_shapes(config: GPT2Config) -> Params:
     """Returns the parameters as `jax.ShapeDtypeStruct`s; tied embeddings, so the head has none of its own."""
-    hidden, inner, kind = config.hidden, config.inner or 4 * hidden, config.param_dtype
+    hidden, kind = config.hidden, config.param_dtype
+    inner = config.inner or 4 * hidden
     params: Params = {
         f"Block_{i}": block_shapes(hidden, config.heads, inner, kind) for i in range(config.layers)
     }
