@@ -1,4 +1,4 @@
-"""The HTTP service through the `openai` client and by hand, over the engine and a runner that tells a story."""
+"""The HTTP service through the `openai` client and by hand, over the engine and a made-up runner."""
 
 from __future__ import annotations
 

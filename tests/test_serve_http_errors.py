@@ -1,4 +1,4 @@
-"""What the HTTP service refuses and how it stands load: errors, keys, shares, clients that leave, failures."""
+"""What the HTTP service refuses and how it stands load: errors, keys, shares, clients gone, failures."""
 
 from __future__ import annotations
 

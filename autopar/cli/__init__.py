@@ -1,4 +1,4 @@
-"""The command line: `autopar plan | simulate | devices | solve | bench`."""
+"""The command line: `autopar plan | simulate | devices | solve | serve | bench`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ BENCHES = {
     "plans": "autopar.bench.plans:plans",
     "simulation": "autopar.bench.simulation:simulation",
     "solver": "autopar_solver.bench:bench_command",
+    "serve-load": "autopar.bench.serve_load:serve_load",
     "stages": "autopar_solver.stage_dp_bench:stage_bench_command",
 }
 
@@ -52,7 +53,7 @@ class Friendly(Lazy):
 
 @click.group(
     cls=Friendly,
-    places={"solve": "autopar_solver.cli:solve_command"},
+    places={"serve": "autopar.cli.serve:serve", "solve": "autopar_solver.cli:solve_command"},
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="autopar")

@@ -32,7 +32,7 @@ class Limits:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value < 1:
+            if value < 1 and name != "body_seconds":
                 raise BadInput(f"the limit on {name.replace('_', ' ')} must be at least 1, but got {value}")
 
 

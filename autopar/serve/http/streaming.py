@@ -14,6 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from autopar.serve.http.errors import ApiError, unexpected
 
+LINGER = 4
+"""Times the limit up to which a body is read (and dropped), as one who still sends does not see an answer."""
+
 Result = TypeVar("Result")
 
 
@@ -110,20 +113,17 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
             415, f"send JSON with the header 'Content-Type: application/json', not {kind or 'none'!r}",
             code="unsupported_media_type",
         )  # fmt: skip
-    said = request.headers.get("content-length", "0")
-    if said.isdigit() and int(said) > most:
-        raise _too_long(most)
-    body = bytearray()
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
-                    raise _too_long(most)
+                size += len(chunk)
+                if size <= most:
+                    body += chunk
+                elif size > LINGER * most:
+                    break
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {seconds:g} seconds", code="timeout") from None
+    if size > most:
+        raise ApiError(413, f"the body is longer than {most} bytes", code="request_too_large")
     return bytes(body)
-
-
-def _too_long(most: int) -> ApiError:
-    return ApiError(413, f"the body is longer than {most} bytes", code="request_too_large")
