@@ -76,11 +76,15 @@ def step(
     """
     where = slots(cache, tokens, positions, lengths, tables)
     x = _embed(parts, config, params, tokens, jnp.minimum(where.positions, config.positions - 1))
+
+    @jax.jit  # traced once for all layers, which are alike: a deep model's plan is made several times sooner
+    def block(params: Params, x: Array, layer: LayerCache, where: Slots) -> tuple[Array, LayerCache | None]:
+        return parts.block(config, params, x, where.positions, _Paged(layer, where))
+
     layers = []
     for i, layer in enumerate(cache):
         with jax.named_scope(f"Block_{i}"):
-            mix = _Paged(layer, where)
-            x, layer = parts.block(config, params[f"Block_{i}"], x, where.positions, mix)
+            x, layer = block(params[f"Block_{i}"], x, layer, where)
         layers.append(layer)
     logits = _head(parts, config, params, x if every else last_tokens(x, where)).astype(jnp.float32)
     return logits if every else logits[:, 0], tuple(layers)
