@@ -114,6 +114,7 @@ def solve_stages(
     seconds: float | None = None,
     gap: float = TOLERANCE,
     progress: Progress | None = None,
+    explain: bool = True,
 ) -> StageSolution:
     """The best plan of a stage problem, with a proof of how good it is.
 
@@ -124,6 +125,7 @@ def solve_stages(
             limit.
         gap: stop once (objective - bound) / objective is at most this.
         progress: called now and then with (objective, bound, gap, seconds since the start).
+        explain: find out how much memory is missing where nothing fits.
     Raises:
         StageProblemError: `seconds` or `runner_ups` or `gap` is out of range.
     """
@@ -139,7 +141,7 @@ def solve_stages(
     except KeyboardInterrupt:
         search.interrupted = True
     solution = _solution(search, runner_ups)
-    if solution.status != "infeasible":
+    if solution.status != "infeasible" or not explain:
         return solution
     left = MISSING_SECONDS if seconds is None else max(0.5, seconds - solution.seconds)
     try:
