@@ -13,14 +13,19 @@ from autopar.serve.batch import SCRATCH, StepBatch
 UNWRITTEN = -1
 
 
-def history_logits(history: np.ndarray, vocabulary: int, sharpness: float = 3.0) -> np.ndarray:
-    """Logits that differ for every history: a hash of it seeds them."""
-    seed = 1469598103934665603
+def history_hashes(history: np.ndarray) -> list[int]:
+    """A hash of the history up to each token (FNV-1a)."""
+    hashes, seed = [], 1469598103934665603
     for token in history.tolist():
         seed = ((seed ^ (token + 1)) * 1099511628211) % 2**64
-    return (np.random.Generator(np.random.Philox(seed)).standard_normal(vocabulary) * sharpness).astype(
-        np.float32
-    )
+        hashes.append(seed)
+    return hashes
+
+
+def history_logits(history: np.ndarray, vocabulary: int, sharpness: float = 3.0) -> np.ndarray:
+    """Logits that differ for every history: a hash of it seeds them."""
+    values = np.random.Generator(np.random.Philox(history_hashes(history)[-1])).standard_normal(vocabulary)
+    return (values * sharpness).astype(np.float32)
 
 
 class FakeLogits:
@@ -83,6 +88,7 @@ class FakeRunner:
     def __post_init__(self) -> None:
         self.gate.set()
         self.pool = np.full((self.blocks, self.block_size), UNWRITTEN, np.int64)
+        self.contexts = np.zeros((self.blocks, self.block_size), np.uint64)
 
     def run(self, batch: StepBatch, every: bool = False) -> FakeLogits:
         if self.fail_run:
@@ -105,11 +111,21 @@ class FakeRunner:
                 continue
             history = self.pool[batch.tables[row]].reshape(-1)[: start + length]
             assert (history != UNWRITTEN).all(), "reads what was never written"
+            self._check(batch.tables[row], history, start)
             last[row] = history_logits(history, self.vocabulary)
             if all_of_them is not None:
                 for at in range(length):
                     all_of_them[row, at] = history_logits(history[: start + at + 1], self.vocabulary)
         return FakeLogits(self, last, all_of_them)
+
+    def _check(self, table: np.ndarray, history: np.ndarray, start: int) -> None:
+        """Asserts that what is read was written after the same tokens: a real state depends on them."""
+        hashes = np.array(history_hashes(history), np.uint64)
+        kept = self.contexts[table].reshape(-1)[:start]
+        assert (kept == hashes[:start]).all(), "reads what was written after another history"
+        for at in range(start, len(history)):
+            block, offset = divmod(at, self.block_size)
+            self.contexts[table[block], offset] = hashes[at]
 
     def _write(self, batch: StepBatch) -> None:
         written: set[tuple[int, int]] = set()
@@ -126,7 +142,9 @@ class FakeRunner:
         pairs = list(pairs)
         targets = [target for _, target in pairs]
         assert len(set(targets)) == len(targets) and SCRATCH not in targets
-        self.pool[targets] = self.pool[[source for source, _ in pairs]]
+        sources = [source for source, _ in pairs]
+        self.pool[targets] = self.pool[sources]
+        self.contexts[targets] = self.contexts[sources]
         self.copied += len(pairs)
 
     def close(self) -> None:

@@ -8,6 +8,8 @@ from typing import Protocol
 _BROKEN = "\ufffd"
 _CONTEXT = 6
 """Tokens of the prompt that are decoded along, so that the first new token keeps its leading space."""
+_PATIENCE = 8
+"""Tokens without a whole character after which what they hold is not one."""
 _WINDOW = 16
 """Tokens after which the decoded window moves on; decoding costs as much as the window is long."""
 
@@ -24,8 +26,9 @@ class Detokenizer:
     """The text of a growing list of tokens, in pieces that are never cut inside a character.
 
     A token may be half a character, and its text may depend on those before it (leading spaces). So a window
-    of the last tokens is decoded each time, and what is new at its end is the piece; replacement characters
-    at the end, up to the three bytes that may be a character to come, are held back.
+    of the last tokens is decoded each time, and what is new at its end is the piece. Replacement characters
+    at the end are held back, as they may become a character; all of them, since tokenizers that fall back to
+    bytes make one of every byte while a character is incomplete. After too many tokens of that they can't.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
@@ -33,24 +36,27 @@ class Detokenizer:
         self._decode = tokenizer.decode
         self._ids = list(context[-_CONTEXT:])
         self._given = 0  # characters of the window's text that were returned
-        self._whole = len(self._ids)  # tokens of the window whose text ended in a whole character
+        self._whole = 0  # tokens of the window up to which its text ended in a whole character
         if self._ids:
             text = self._decode(self._ids)
-            self._given = len(_settled(text))
+            self._given = len(text.rstrip(_BROKEN))
             self._whole = len(self._ids) if self._given == len(text) else 0
 
     def add(self, tokens: Sequence[int]) -> str:
         """Returns the text that is certain now that these tokens have come."""
         self._ids.extend(tokens)
         text = self._decode(self._ids)
-        settled = _settled(text)
-        piece = settled[self._given :]
-        self._given = max(self._given, len(settled))
-        if len(settled) == len(text):
-            if len(self._ids) > _WINDOW and 0 < self._whole < len(self._ids):
-                self._ids = self._ids[self._whole :]
-                self._given = len(self._decode(self._ids))
+        settled = len(text.rstrip(_BROKEN))
+        hopeless = len(self._ids) - self._whole > _PATIENCE
+        if hopeless:
+            settled = max(settled, len(text) - 3)  # the last three bytes may still become one
+        piece = text[self._given : settled]
+        self._given = max(self._given, settled)
+        if settled == len(text):
+            self._move(self._whole)
             self._whole = len(self._ids)
+        elif hopeless:
+            self._move(len(self._ids) - _PATIENCE)
         return piece
 
     def finish(self) -> str:
@@ -60,15 +66,13 @@ class Detokenizer:
         self._given = len(text)
         return piece
 
-
-def _settled(text: str) -> str:
-    """`text` without the (at most three) replacement characters at its end that may become a character."""
-    if not text.endswith(_BROKEN):
-        return text
-    end = len(text)
-    while end and len(text) - end < 3 and text[end - 1] == _BROKEN:
-        end -= 1
-    return text[:end]
+    def _move(self, start: int) -> None:
+        """Lets the window begin at one of its tokens once it has grown long."""
+        if start > 0 and len(self._ids) > _WINDOW:
+            held = len(self._decode(self._ids)) - self._given
+            self._ids = self._ids[start:]
+            self._given = max(0, len(self._decode(self._ids)) - held)
+            self._whole = max(0, self._whole - start)
 
 
 class StopFinder:
