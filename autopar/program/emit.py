@@ -240,7 +240,7 @@ class _Emitter:
         state = tuple(Buffer(v) for v in sorted(held))
         results = self._results(stage)
         keep = {*state, *(b for _, b in results)}
-        done = free(donate(instructions, facts.replaced_by), keep, feeds)
+        done = free(donate(instructions), keep, feeds)
         names = {b.value for i in done for b in _buffers(i)} | {b.value for b in (*state, *feeds)}
         slots = tuple(facts.slot(v, stage) for v in sorted(names))
         return Worker(stage, state, feeds, results, tuple(done), slots)

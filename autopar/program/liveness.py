@@ -29,29 +29,25 @@ def free(
     return done
 
 
-def donate(instructions: Sequence[Instruction], replaced_by: dict[int, int]) -> list[Instruction]:
-    """Returns the instructions with the old state donated to the run that makes the new one.
+def donate(instructions: Sequence[Instruction]) -> list[Instruction]:
+    """Returns the instructions with old state donated to the run that makes the new one.
 
-    Only to the last instruction that reads it, and only if its replacement is among the run's outputs: then
-    layout and size agree, and the new state is written over the old.
+    Only if nothing reads the old one between that run and the renaming that gives its name to one of the
+    run's results: then layout and size agree, and the new state is written over the old.
     """
-    last: dict[Buffer, int] = {}
-    for n, instruction in enumerate(instructions):
-        for buffer in reads(instruction):
-            last[buffer] = n
-    return [
-        _donated(i, n, last, replaced_by) if isinstance(i, Run) else i for n, i in enumerate(instructions)
-    ]
-
-
-def _donated(run: Run, n: int, last: dict[Buffer, int], replaced_by: dict[int, int]) -> Run:
-    made = {b.value for b in run.outputs if b.microbatch is None}
-    positions = tuple(
-        k
-        for k, b in enumerate(run.inputs)
-        if b.microbatch is None and replaced_by.get(b.value) in made and last[b] == n
-    )
-    return replace(run, donated=positions)
+    found: list[Instruction] = []
+    heir: dict[Buffer, Buffer | None] = {}  # buffer → what takes its name next; None: it is read before
+    for instruction in reversed(instructions):
+        match instruction:
+            case Run(inputs=inputs, outputs=outputs):
+                positions = tuple(k for k, b in enumerate(inputs) if heir.get(b) and heir[b] in outputs)
+                found.append(replace(instruction, donated=positions))
+            case _:
+                found.append(instruction)
+        heir.update(dict.fromkeys(reads(instruction)))
+        if isinstance(instruction, Rename):
+            heir[instruction.new] = instruction.old
+    return found[::-1]
 
 
 def _order(buffer: Buffer) -> tuple[int, int, str]:

@@ -55,31 +55,15 @@ class Compiled:
 def donations(worker: Worker) -> dict[str, tuple[int, ...]]:
     """Returns segment → input positions whose memory the segment may take.
 
-    That is what the program donates, and state that is replaced before anything reads it again. Only
-    positions that all Runs of a segment agree on, so that it is compiled once; and no feeds, which may be the
-    caller's own arrays.
+    Only positions that all Runs of a segment donate, so that it is compiled once; and no feeds, which may be
+    the caller's own arrays.
     """
-    feeds, agreed, replaced = set(worker.feeds), dict[str, set[int]](), _replaced(worker)
-    for n, run in enumerate(worker.instructions):
+    feeds, agreed = set(worker.feeds), dict[str, set[int]]()
+    for run in worker.instructions:
         if isinstance(run, Run):
-            mine = {k for k in run.donated if run.inputs[k] not in feeds} | replaced[n]
+            mine = {k for k in run.donated if run.inputs[k] not in feeds}
             agreed[run.segment] = agreed.get(run.segment, mine) & mine
     return {name: tuple(sorted(positions)) for name, positions in agreed.items()}
-
-
-def _replaced(worker: Worker) -> dict[int, set[int]]:
-    """Returns instruction → positions of state inputs that its own outputs replace, unread in between."""
-    state, found = set(worker.state), dict[int, set[int]]()
-    heir: dict[Buffer, Buffer | None] = {}  # buffer → what takes its name next; None: it is read before
-    for n in range(len(worker.instructions) - 1, -1, -1):
-        instruction = worker.instructions[n]
-        if isinstance(instruction, Run):
-            made = set(instruction.outputs)
-            found[n] = {k for k, b in enumerate(instruction.inputs) if b in state and heir.get(b) in made}
-        heir.update(dict.fromkeys(reads(instruction)))
-        if isinstance(instruction, Rename):
-            heir[instruction.new] = instruction.old
-    return found
 
 
 def consumed(worker: Worker) -> frozenset[Buffer]:
