@@ -204,7 +204,7 @@ class _Planner:
         try:
             devices = self._place(program, runs)
             cost = price_stages(program.problem, missing.stages).objective
-            return self._finish(program, runs, devices, cost, 0.0)
+            return self._finish(program, runs, devices, cost, self._unlimited(program).bound)
         except (_DoesNotFit, _Unplaceable):
             start, stop, choice = runs[missing.stage]
             raise DoesNotFit(
@@ -216,12 +216,16 @@ class _Planner:
 
     def _missing(self, program: Program) -> MissingMemory | None:
         """Returns what the fastest assignment without memory limits misses, if there is one."""
-        unlimited = replace(program.problem, limit=np.full(len(program.choices), np.inf))
-        solution = self._solve(replace(program, problem=unlimited))
+        solution = self._unlimited(program)
         if not solution.stages:
             return None
         priced = price_stages(program.problem, solution.stages)
         return MissingMemory(priced.shortfall, solution.stages, priced.tight, False)
+
+    def _unlimited(self, program: Program) -> StageSolution:
+        """Returns the best assignment if memory did not matter; its bound holds whatever memory there is."""
+        unlimited = replace(program.problem, limit=np.full(len(program.choices), np.inf))
+        return self._solve(replace(program, problem=unlimited))
 
     def _given_up(self, last: _DoesNotFit | _Unplaceable) -> Exception:
         if isinstance(last, _Unplaceable):
