@@ -173,6 +173,22 @@ def test_characters_are_never_cut():
         assert "".join(pieces) == got["text"] and not any("\ufffd" in piece for piece in pieces)
 
 
+def test_a_model_without_a_tokenizer_takes_and_gives_ids():
+    ids = byte_tokenizer().encode(TEXT).ids
+    model = told()
+    model.tokenizer = None
+    with serving(model) as url:
+        body = {"prompt": ids[:4], "max_tokens": 3, "temperature": 0, "return_token_ids": True}
+        (choice,) = httpx.post(f"{url}/v1/completions", json=body).json()["choices"]
+        assert (choice["token_ids"], choice["prompt_token_ids"]) == (ids[4:7], ids[:4])
+        stream = httpx.post(f"{url}/v1/completions", json={**body, "stream": True}).text.split("\n\n")
+        pieces = (json.loads(event[6:])["choices"][0]["token_ids"] for event in stream[:-2])
+        assert list(itertools.chain.from_iterable(pieces)) == ids[4:7]
+        got = httpx.post(f"{url}/v1/completions", json={**body, "prompt": "x"})
+        assert got.status_code == 400 and "send token ids" in got.json()["error"]["message"]
+        assert httpx.get(f"{url}/tokenizer_info").json()["vocab_size"] == 0
+
+
 # --- chat
 
 

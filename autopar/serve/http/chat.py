@@ -94,10 +94,11 @@ class _Job:
     async def whole(self) -> dict[str, Any]:
         """Returns the answer when all of it is there."""
         texts, finishes = [""] * self.body.n, list[str | None]([None] * self.body.n)
-        content: list[list[Any]] = [[] for _ in texts]
+        content, ids = [list[Any]() for _ in texts], [list[int]() for _ in texts]
         async for _, piece in self.batch.pieces():
             texts[piece.index] += piece.text
             finishes[piece.index] = piece.finish.value if piece.finish else None
+            ids[piece.index] += piece.token_ids
             content[piece.index] += chat_logprobs(self.service.words, piece.logprobs or ())
         choices = [
             {
@@ -105,6 +106,7 @@ class _Job:
                 "message": {"role": "assistant", "content": text, "refusal": None},
                 "logprobs": {"content": content[i], "refusal": None} if self.body.logprobs else None,
                 "finish_reason": finishes[i],
+                **({"token_ids": ids[i]} if self.body.return_token_ids else {}),
             }
             for i, text in enumerate(texts)
         ]

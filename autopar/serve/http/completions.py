@@ -32,6 +32,7 @@ class _Choice:
     end: int = 0
     begun: bool = False
     text: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     logprobs: dict[str, list[Any]] | None = None
     finish: str | None = None
 
@@ -125,7 +126,13 @@ class _Job:
             text, logprobs, choice.finish = self._read(position, piece)
             choice.text.append(text)
             choice.logprobs = _joined(choice.logprobs, logprobs)
-        found = [_shape(i, "".join(c.text), c.logprobs, c.finish) for i, c in enumerate(self.choices)]
+            choice.ids += piece.token_ids
+        found = list[dict[str, Any]]()
+        for index, choice in enumerate(self.choices):
+            found.append(_shape(index, "".join(choice.text), choice.logprobs, choice.finish))
+            if self.body.return_token_ids:
+                prompt = self.batch.streams[index // self.body.n].request.prompt
+                found[-1] |= {"token_ids": choice.ids, "prompt_token_ids": prompt}
         return {**self.head, "choices": found, "usage": self.batch.usage()}
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -134,8 +141,9 @@ class _Job:
         usage = {"usage": None} if options and options.include_usage else {}
         async for position, piece in self.batch.pieces():
             text, logprobs, finish = self._read(position, piece)
-            if text or logprobs or finish:
-                shape = _shape(position * self.body.n + piece.index, text, logprobs, finish)
+            ids = {"token_ids": piece.token_ids} if self.body.return_token_ids else {}
+            if text or logprobs or finish or ids:
+                shape = _shape(position * self.body.n + piece.index, text, logprobs, finish) | ids
                 yield {**self.head, "choices": [shape], **usage}
         if usage:
             yield {**self.head, "choices": [], "usage": self.batch.usage()}

@@ -69,7 +69,7 @@ def tokenizer_info(service: Service) -> dict[str, Any]:
     template = service.template.text if service.template else None
     return {
         **service.words.special,
-        "tokenizer_class": type(service.words.tokenizer).__name__,
+        "tokenizer_class": service.words.name,
         "vocab_size": service.words.vocabulary,
         "model_max_length": service.longest,
         "chat_template": template,

@@ -97,6 +97,7 @@ class Sampled(Strict):
     ignore_eos: bool = False
     num_beams: Annotated[int, Field(ge=1)] = 1
     length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    return_token_ids: bool = False
 
     user: str | None = None
     metadata: dict[str, Any] | None = None

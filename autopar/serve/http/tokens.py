@@ -18,13 +18,30 @@ class Words:
     """What the service asks of a tokenizer.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer`. special: special tokens' texts by their roles (`bos_token`, …).
+        tokenizer: a `tokenizers.Tokenizer`; None: clients must send ids and get ids.
+        special: special tokens' texts by their roles (`bos_token`, …).
     """
 
     def __init__(self, tokenizer: Any, special: Mapping[str, str]):
-        self.tokenizer, self.vocabulary = tokenizer, tokenizer.get_vocab_size()
+        self._tokenizer, self.name = tokenizer, type(tokenizer).__name__
         self.special = {role: special[role] for role in SPECIAL if special.get(role)}
         self.text_of = lru_cache(maxsize=1 << 16)(self._text_of)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Returns the tokenizer.
+
+        Raises:
+            ApiError: 400 if there is none.
+        """
+        if self._tokenizer is None:
+            raise bad("this model has no tokenizer: send token ids, and return_token_ids: true", "prompt")
+        return self._tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """Returns how many tokens the tokenizer knows, 0 if there is none."""
+        return 0 if self._tokenizer is None else self._tokenizer.get_vocab_size()
 
     def encode(self, text: str, special: bool, param: str = "prompt") -> list[int]:
         """Returns the token ids of a text.
@@ -49,7 +66,7 @@ class Words:
 
     def bytes_of(self, token: int) -> bytes:
         """Returns the bytes that a token stands for; those of a special token are its name."""
-        text = self.tokenizer.id_to_token(token)
+        text = None if self._tokenizer is None else self._tokenizer.id_to_token(token)
         if text is None:
             return b""
         if token in self._added:
