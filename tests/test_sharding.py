@@ -385,11 +385,12 @@ def test_what_never_fits_says_how_much_is_missing():
 
 
 def test_residuals_count_for_every_microbatch_in_flight():
-    g = mlp(256, 512, 1024, microbatches=4)
+    batch, width, hidden = 1 << 14, 256, 512
+    g = mlp(batch, width, hidden, microbatches=4)
     pins = data_parallel(g, line())
     one, two, four = (plan(g, whole(g), line(), Options(pinned=pins, in_flight=k)).memory for k in (1, 2, 4))
-    h = 4 * 256 * 1024 // 4  # the hidden activations, and the inputs, are read by both passes
-    x = 4 * 256 * 512 // 4
+    h = 4 * batch * hidden // 4  # the hidden activations, and the inputs, are read by both passes
+    x = 4 * batch * width // 4
     assert one.activations == two.activations == four.activations == h + x + x  # x, h, and y or t
     assert four.peak - two.peak == 2 * one.activations
     assert one.peak < two.peak  # one micro-batch frees them as its backward goes

@@ -91,6 +91,7 @@ class ShardingPlan:
         notes: equations without a rule, layouts given up, …, each for people.
         dtypes: (from, to): element types this stage keeps in another type, because its devices lack them.
         products: (from, to): the type in which their matrix products run (operands scaled per tensor).
+        regather: state that forward and backward read in another layout is moved for each of them, not kept.
     """
 
     mesh: Mesh
@@ -109,6 +110,7 @@ class ShardingPlan:
     dtypes: tuple[tuple[str, str], ...] = ()
     products: tuple[tuple[str, str], ...] = ()
     loops: tuple[LoopLayouts, ...] = ()
+    regather: bool = False
 
     @cached_property
     def layout(self) -> dict[int, Spec]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from autopar.core.graph import Equation
+from autopar.core.graph import Equation, Phase
 from autopar.core.plan import LoopLayouts, ShardingPlan
 from autopar.core.program import Segment
 from autopar.core.spec import Spec, replicated
@@ -94,6 +94,7 @@ class _Target:
     def __init__(self, sharding: ShardingPlan, jmesh: JaxMesh):
         self.jmesh, self.mesh = jmesh, sharding.mesh
         self.dtypes, self.products = dict(sharding.dtypes), dict(sharding.products)
+        self.regather = sharding.regather
 
     def constrain(self, x: Array, spec: Spec) -> Array:
         return jax.lax.with_sharding_constraint(x, named(self.jmesh, spec)) if spec else x
@@ -120,7 +121,7 @@ class _Evaluation:
 
     def __init__(self, traced: Any, layouts: _Layouts, target: _Target):
         self.traced, self.layouts, self.target = traced, layouts, target
-        self._moved: dict[tuple[int, Spec], Array] = {}
+        self._moved: dict[tuple[int, Spec, bool], Array] = {}
 
     def fresh(self) -> _Evaluation:
         """Returns another evaluation of the same, without the values of this one."""
@@ -149,9 +150,18 @@ class _Evaluation:
         wanted, kept = self.layouts.reads.get((e, k)), self.layouts.kept.get(v)
         if wanted is None or wanted == kept:
             return x
-        if (v, wanted) not in self._moved:
-            self._moved[v, wanted] = self.target.move(x, kept, wanted)
-        return self._moved[v, wanted]
+        again = self._again(e, v)
+        if (v, wanted, again) not in self._moved:
+            # behind a barrier, or the compiler would merge it with the forward's move and keep the result
+            source = jax.lax.optimization_barrier(x) if again else x
+            self._moved[v, wanted, again] = self.target.move(source, kept, wanted)
+        return self._moved[v, wanted, again]
+
+    def _again(self, e: int, v: int) -> bool:
+        """Whether this is a read of state in the backward, for which it is moved again."""
+        graph = self.traced.graph
+        backward = self.target.regather and graph.equations[e].phase is Phase.BACKWARD
+        return backward and (v in graph.inputs or v in graph.constants) and v not in graph.batch
 
     def _keep(self, e: int, k: int, v: int, x: Array) -> Array:
         """A result reduced first, then scattered: XLA makes a reduce-scatter only of two constraints."""

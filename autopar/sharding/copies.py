@@ -1,8 +1,9 @@
 """Copies: a value that several operations want in another layout is moved once.
 
-Each (value, phase) that more than one node reads gets a node of its own between them: the layout in which it
-is offered to its readers. Phases are apart because each is a compiled program, and because gathered weights
-are better gathered again in the backward than held.
+Each (value, program) that more than one node reads gets a node of its own between them: the layout in which
+it is offered to its readers. Within one compiled program the compiler merges equal moves, so forward and
+backward share theirs, unless `Options.regather` asks for state to be moved for each of them: gathered weights
+then are not held in between.
 """
 
 from __future__ import annotations
@@ -12,16 +13,25 @@ from dataclasses import replace
 from autopar.core.graph import Phase
 from autopar.sharding.grid import Grid
 from autopar.sharding.model import Home, Key, Model, Read
+from autopar.sharding.region import Region
 from autopar.sharding.resharding import table_for
 
 
-def share_reads(model: Model, grid: Grid) -> None:
-    """Puts a copy node between every value and its readers, where it has several in a phase."""
-    groups: dict[tuple[Key, Phase, Home], list[int]] = {}
+def moved_for(region: Region, regather: bool, key: Key, phase: Phase) -> str:
+    """Returns what readers have in common that share the moves of a value."""
+    apart = regather and phase is Phase.BACKWARD and not key[0] and key[1] in region.state
+    return str(phase) if apart else region.program(phase)
+
+
+def share_reads(model: Model, grid: Grid, region: Region, regather: bool) -> None:
+    """Puts a copy node between every value and its readers, where it has several in a program."""
+    groups: dict[tuple[Key, str, Home], list[int]] = {}
     for r, read in enumerate(model.reads):
         if not read.tie and read.source.node != read.target.node:
-            groups.setdefault((read.key, read.phase, read.source), []).append(r)
-    for (key, phase, source), members in groups.items():
+            group = moved_for(region, regather, read.key, read.phase)
+            groups.setdefault((read.key, group, read.source), []).append(r)
+    for (key, _, source), members in groups.items():
+        phase = model.reads[members[0]].phase
         if len({model.reads[r].target.node for r in members}) < 2:
             continue
         layouts = table_for(model.value(key).shape, grid).layouts

@@ -19,9 +19,10 @@ from autopar.core.plan import Memory
 from autopar.sharding.fusion import fuse
 from autopar.sharding.grid import Grid
 from autopar.sharding.model import Home, Key, Model
+from autopar.sharding.moved import Held
 from autopar.sharding.region import Region
 
-STATE, RESIDUAL, PASSING = "state", "residual", "passing"
+STATE, RESIDUAL, PASSING, BY = "state", "residual", "passing", "passing by"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class Item:
     @property
     def lasting(self) -> bool:
         """Whether the bytes stay from one micro-batch's forward to its backward, or longer."""
-        return self.role != PASSING
+        return self.role in (STATE, RESIDUAL)
 
 
 def usage(
@@ -75,7 +76,7 @@ def usage(
             add(key, home, 0, turn, RESIDUAL, in_flight)
         else:
             add(key, home, start, stop, PASSING)
-    return (*items, *_gathered(region, model, grid, nbytes))
+    return (*items, *_passing_by(model, grid, nbytes))
 
 
 def last_microbatch_tick(region: Region, model: Model) -> int:
@@ -146,40 +147,54 @@ def scope_inputs(inputs: Sequence[int], count: int) -> Iterable[int]:
     return inputs[:count]
 
 
-def _gathered(region: Region, model: Model, grid: Grid, nbytes: Callable[[Value], int]) -> list[Item]:
-    """Returns the parts of state that an operation reads in its own layout, alive while it runs.
+def _passing_by(model: Model, grid: Grid, nbytes: Callable[[Value], int]) -> list[Item]:
+    """Returns what exists only while one operation runs: operands in its own layout, sums not yet scattered.
 
-    They are counted even where the state already has that layout, since that depends on two choices: the
-    prediction is above the truth by at most the operands of one operation.
+    Operands are counted beyond their finest layout, even where the value already has the wanted one, since
+    that depends on two choices: the solver sees more than the truth by at most the operands of one operation.
+    A plan's memory counts what really is moved (`autopar.sharding.moved`) instead of these.
     """
-    state = {((), v) for v in region.state}
     found: list[Item] = []
     ticks = {(step.path, step.index): step.tick for step in model.steps}
+
+    def add(key: Key, node: int, tick: int, sizes: list[int]) -> None:
+        if any(sizes):
+            found.append(Item(node, tick, tick + 1, np.array(sizes, dtype=np.int64), BY, key))
+
     for read in model.reads:
-        if read.key not in state or read.site is None or read.target.node == read.source.node:
-            continue
-        tick = ticks.get(read.site[:2])
-        if tick is None or read.phase is Phase.APPLY:
+        tick = None if read.site is None else ticks.get(read.site[:2])
+        if tick is None or read.tie or read.copy or read.target.node == read.source.node:
             continue
         size = nbytes(model.value(read.key))
-        each = np.array([-(-size // grid.shards(x)) for x in read.target.layouts], dtype=np.int64)
-        found.append(Item(read.target.node, tick, tick + 1, each, PASSING, read.key))
+        each = [-(-size // grid.shards(x)) for x in read.target.layouts]
+        add(read.key, read.target.node, tick, [n - min(each) for n in each])
+    for step in model.steps:
+        for k, v in enumerate(step.equation.outputs):
+            size = nbytes(model.value((step.path, v)))
+            whole = [grid.shards(way.made[k]) < grid.shards(way.results[k]) for way in step.ways]
+            parts = [-(-size // grid.shards(way.made[k])) for way in step.ways]
+            add((step.path, v), step.node, step.tick, [n * w for n, w in zip(parts, whole, strict=True)])
     return found
 
 
-def totals(items: Sequence[Item], chosen: Sequence[int], in_flight: int, limit: int) -> Memory:
+def totals(
+    items: Sequence[Item], held: Sequence[Held], chosen: Sequence[int], in_flight: int, limit: int
+) -> Memory:
     """Returns the memory of a choice per node; its `peak` is the most that is alive at any tick."""
     state = residual = 0
-    horizon = max((item.stop for item in items), default=0) + 1
+    horizon = max((x.stop for x in (*items, *held)), default=0) + 1
     steps = np.zeros(horizon + 1, dtype=np.int64)
     for item in items:
         used = int(item.nbytes[chosen[item.node]])
-        if item.role == STATE:
-            state += used
+        state += used if item.role == STATE else 0
+        if item.role in (STATE, BY):
             continue
         residual += used if item.role == RESIDUAL else 0
         steps[item.start] += used
         steps[item.stop] -= used
-    held = residual // max(1, in_flight)
+    for each in held:
+        steps[each.start] += each.nbytes
+        steps[each.stop] -= each.nbytes
+    kept = residual // max(1, in_flight)
     alive = int(np.cumsum(steps).max(initial=0))
-    return Memory(state, held, in_flight, max(0, alive - held * in_flight), limit)
+    return Memory(state, kept, in_flight, max(0, alive - kept * in_flight), limit)

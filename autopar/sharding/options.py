@@ -22,6 +22,8 @@ class Options:
         products: (from, to) types in which matrix products run (`ShardingPlan.products`).
         uniform: the region is one of a stack of equal layers, so moving its activations from the layout it
             leaves them in to the layout it takes them in is part of the price.
+        regather: whether state that forward and backward read in another layout is moved again for the
+            backward rather than kept in that layout; None: only where it would not fit otherwise.
         share: let equal parts of a deep graph take one decision (then depth does not grow the problem).
     """
 
@@ -34,4 +36,5 @@ class Options:
     dtypes: tuple[tuple[str, str], ...] = ()
     products: tuple[tuple[str, str], ...] = ()
     uniform: bool = False
+    regather: bool | None = None
     share: bool = True

@@ -17,8 +17,9 @@ from autopar.sharding.assemble import Costs, assemble
 from autopar.sharding.build import Builder
 from autopar.sharding.copies import share_reads
 from autopar.sharding.grid import Grid, grid_of
-from autopar.sharding.memory import Item, totals, usage
+from autopar.sharding.memory import BY, Item, totals, usage
 from autopar.sharding.model import Model
+from autopar.sharding.moved import second_layouts
 from autopar.sharding.options import Options
 from autopar.sharding.region import Region, extract, region_key
 from autopar.sharding.result import Reader, loops, specs_of, triples
@@ -35,6 +36,11 @@ PRICES = (0.0, 1e-12, 1e-11, 1e-10)
 
 SHARED_GAP = 1.1
 """How much further from the optimum a stage may be proven for the sake of another's plan."""
+
+TRIES = 4
+"""How often a plan is looked for below a lower limit when what is moved does not fit beside it."""
+
+NOTHING = Solved(None, math.inf, math.inf, "infeasible")
 
 LEAN = 1e-6
 """Seconds per byte at which memory is all that counts."""
@@ -55,15 +61,21 @@ class Setting:
     def nbytes(self, value: Value) -> int:
         return self.builder.nbytes(value)
 
-    def costs(self, price: float) -> Costs:
-        """Returns the costs at a price of memory, like parts merged where that is worth it."""
-        costs = assemble(self.model, self.grid, self.nbytes, self.items, price)
+    def costs(self, price: float, cautious: bool = True) -> Costs:
+        """Returns the costs at a price of memory, like parts merged where that is worth it.
+
+        cautious: with what may have to be held while one operation runs (`memory.BY`).
+        """
+        items = tuple(item for item in self.items if cautious or item.role != BY)
+        costs = assemble(self.model, self.grid, self.nbytes, items, price)
         return share(costs) if self.options.share and len(costs.nodes) > DEEP else costs
 
     def memory(self, chosen: Sequence[int]) -> Memory:
         """Returns the memory a choice takes."""
         limit = limit_of(self.options, self.mesh)
-        return totals(self.items, chosen, self.options.in_flight, limit)
+        regather = bool(self.options.regather)
+        held = second_layouts(self.region, self.model, self.grid, self.nbytes, chosen, regather)
+        return totals(self.items, held, chosen, self.options.in_flight, limit)
 
 
 def limit_of(options: Options, mesh: Mesh) -> int:
@@ -145,9 +157,19 @@ def _planned(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
         shared = replace(best, memory=memory, bound=max(0.0, min(bound, best.objective)), status="feasible")
         if shared.gap <= max(options.gap, SHARED_GAP * best.gap):
             return shared
-    found = _solve(prepare(keyed.region, mesh, options))
+    found = _kept_or_moved(keyed.region, mesh, options)
     alike.append(found)
     return found
+
+
+def _kept_or_moved(region: Region, mesh: Mesh, options: Options) -> ShardingPlan:
+    """State that both passes read in another layout is kept in it, as long as that fits."""
+    if options.regather is None and region.whole:
+        try:
+            return _solve(prepare(region, mesh, replace(options, regather=False)))
+        except DoesNotFit:
+            return _solve(prepare(region, mesh, replace(options, regather=True)))
+    return _solve(prepare(region, mesh, options))
 
 
 @functools.lru_cache(maxsize=256)
@@ -184,7 +206,7 @@ def prepare(region: Region, mesh: Mesh, options: Options) -> Setting:
     grid = grid_of(mesh)
     builder = Builder(region, grid, mesh.device, options)
     model = builder.build()
-    share_reads(model, grid)
+    share_reads(model, grid, region, bool(options.regather))
     _pin(model, region, grid, options)
     items = usage(region, model, grid, builder.nbytes, options.in_flight)
     return Setting(region, mesh, grid, options, model, items, builder)
@@ -230,9 +252,31 @@ def _solve(setting: Setting, price: float | None = None, limited: bool = True) -
     costs = setting.costs(price)
     limit = limit_of(options, setting.mesh) if limited else None
     solved = minimise(costs, limit, options.seconds, options.gap)
+    if limit is not None:
+        if solved.chosen is None:
+            costs = setting.costs(price, cautious=False)
+            solved = minimise(costs, limit, options.seconds, options.gap)
+        if solved.chosen is not None:
+            solved = _within(setting, costs, limit, solved)
     if solved.chosen is None:
         solved = _leanest(setting, limit, solved)
     return _finish(setting, solved, price)
+
+
+def _within(setting: Setting, costs: Costs, limit: int, solved: Solved) -> Solved:
+    """Returns a choice that fits with what the solver does not see, looked for below ever lower limits."""
+    options, lower, bound = setting.options, limit, solved.bound
+    for _ in range(TRIES):
+        assert solved.chosen is not None
+        over = setting.memory(solved.chosen).peak - limit
+        if over <= 0:
+            return replace(solved, bound=bound, status=solved.status if lower == limit else "feasible")
+        lower -= over
+        solved = minimise(costs, lower, options.seconds, options.gap) if lower > 0 else NOTHING
+        if solved.chosen is None:
+            return replace(NOTHING, status="unknown")
+    fits = setting.memory(solved.chosen or ()).peak <= limit
+    return replace(solved, bound=bound, status="feasible") if fits else replace(NOTHING, status="unknown")
 
 
 def _leanest(setting: Setting, limit: int | None, failed: Solved) -> Solved:
@@ -282,7 +326,7 @@ def _finish(setting: Setting, solved: Solved, price: float) -> ShardingPlan:
     """Returns the plan of a choice, in the region's ids."""
     assert solved.chosen is not None
     region, model, grid, options = setting.region, setting.model, setting.grid, setting.options
-    out = Reader(region, model, grid, setting.nbytes, solved.chosen).read()
+    out = Reader(region, model, grid, setting.nbytes, solved.chosen, bool(options.regather)).read()
     micro = max(1, region.microbatches)
     total = sum(out.seconds.values()) if price == 0 else solved.objective
     proven = total <= solved.objective * (1 + options.gap) + 1e-9
@@ -303,6 +347,7 @@ def _finish(setting: Setting, solved: Solved, price: float) -> ShardingPlan:
         dtypes=options.dtypes,
         products=options.products,
         loops=loops(out, model, grid),
+        regather=bool(options.regather),
     )
 
 

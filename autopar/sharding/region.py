@@ -42,6 +42,12 @@ class Region:
     microbatches: int
     whole: bool
 
+    def program(self, phase: Phase) -> str:
+        """Returns the compiled program that a phase's equations are part of."""
+        if not self.whole:
+            return str(phase)
+        return "step" if self.microbatches == 1 or phase is not Phase.APPLY else str(phase)
+
     def times(self, phase: Phase) -> int:
         """Returns how often an equation of this phase runs in one step."""
         return 1 if phase is Phase.APPLY else self.microbatches

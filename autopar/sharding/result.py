@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from autopar.core.graph import Phase, Value
 from autopar.core.plan import Collective, LoopLayouts
 from autopar.core.spec import Spec
+from autopar.sharding.copies import moved_for
 from autopar.sharding.cost import SLICE, collective
 from autopar.sharding.grid import Grid, Layout
 from autopar.sharding.model import Home, Key, Lazy, Model, Path
@@ -39,10 +40,12 @@ class Reader:
         grid: Grid,
         nbytes: Callable[[Value], int],
         chosen: Sequence[int],
+        regather: bool,
     ):
         self.region, self.model, self.grid, self.nbytes, self.chosen = region, model, grid, nbytes, chosen
+        self.regather = regather
         self.out = Outcome()
-        self.moved: set[tuple[Key, Layout, Phase]] = set()
+        self.moved: set[tuple[Key, Layout, str]] = set()
 
     def at(self, home: Home) -> Layout:
         """Returns the layout a home has under the choice."""
@@ -110,10 +113,11 @@ class Reader:
         return phase, self.region.times(phase) * scope.trips
 
     def _move(self, key: Key, have: Layout, want: Layout, phase: Phase, times: int) -> None:
-        """Counts a change of layout, the first time it happens in a phase."""
-        if have == want or (key, want, phase) in self.moved:
+        """Counts a change of layout, the first time it happens in a program."""
+        group = moved_for(self.region, self.regather, key, phase)
+        if have == want or (key, want, group) in self.moved:
             return
-        self.moved.add((key, want, phase))
+        self.moved.add((key, want, group))
         value = self.model.value(key)
         size = self.nbytes(value)
         for move in table_for(value.shape, self.grid).chain(have, want):
