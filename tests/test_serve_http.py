@@ -16,6 +16,7 @@ from autopar.core.errors import BadInput
 from autopar.serve.http.schemas import CompletionRequest
 from autopar.serve.http.template import ChatTemplate
 from autopar.serve.http.tokens import Words
+from autopar.serve.stand_in import stand_in
 from tests.serving_fakes import EOS, TEMPLATE, Story, byte_tokenizer, serving, told
 
 TEXT = "It was the best of times."
@@ -279,6 +280,13 @@ def test_token_texts_of_sentencepiece_like_vocabularies():
     )
     words = Words(tokenizer, {})
     assert [words.text_of(i) for i in (1, 2, 3)] == [" Paris", "bytes:\\xc3", "s"]
+
+
+def test_a_stand_in_reads_every_text_and_writes_every_id():
+    tokenizer = stand_in(300)
+    assert tokenizer.encode("Ä!").ids == list("Ä!".encode())
+    assert tokenizer.decode([*"Ä".encode(), 299, 256]) == "Ä ⟨299⟩ ⟨256⟩"
+    assert Words(tokenizer, {}).text_of(299) == " ⟨299⟩"
 
 
 def test_health_metrics_and_page(url: str):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
+from autopar.serve.alphabet import BYTE
 from autopar.serve.http.errors import bad
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -72,7 +73,7 @@ class Words:
         if token in self._added:
             return text.encode()
         if self._byte_level:
-            return b"".join(_BYTES[c] if c in _BYTES else c.encode() for c in text)
+            return b"".join(BYTE[c] if c in BYTE else c.encode() for c in text)
         if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", text):
             return bytes([int(byte[1], 16)])
         return text.replace("▁", " ").encode()
@@ -102,13 +103,3 @@ class Words:
         """Whether tokens are written in GPT-2's alphabet of bytes."""
         decoder = self.tokenizer.decoder
         return decoder is not None and "ByteLevel" in json.dumps(json.loads(decoder.__getstate__()))
-
-
-def _alphabet() -> dict[str, bytes]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(b): bytes([b]) for b in plain} | {chr(256 + i): bytes([b]) for i, b in enumerate(others)}
-
-
-_BYTES = _alphabet()
