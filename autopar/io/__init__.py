@@ -1,1 +1,1 @@
-"""Files: checkpoints now; weights in other formats when serving is built."""
+"""Files: checkpoints of training, and models to serve in the formats others publish them in."""

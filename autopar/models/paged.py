@@ -68,7 +68,7 @@ def cache_shapes(config: Sizes, blocks: int, block_size: int, dtype: Any) -> Cac
         block_size: tokens in a block.
         dtype: of keys and values.
     """
-    shape = jax.ShapeDtypeStruct((blocks, config.kv_heads, block_size, config.head_size), dtype)
+    shape: Any = jax.ShapeDtypeStruct((blocks, config.kv_heads, block_size, config.head_size), dtype)
     return tuple(LayerCache(shape, shape) for _ in range(config.layers))
 
 
