@@ -165,9 +165,8 @@ def test_a_full_queue_is_429_and_recovers():
 
 def test_keys_get_their_shares():
     story = Story(row_buckets=(1,))
-    with serving(
-        told(story, weights={"big": 3.0, "small": 1.0}), Options(keys=frozenset({"big", "small"}))
-    ) as url:
+    model = told(story, weights={"big": 3.0, "small": 1.0})
+    with serving(model, Options(keys=frozenset({"big", "small"}))) as url:
         order: list[str] = []
 
         def ask(key: str) -> None:
@@ -180,7 +179,7 @@ def test_keys_get_their_shares():
         threads = [threading.Thread(target=ask, args=(key,)) for key in ["small"] * 12 + ["big"] * 12]
         for thread in threads:
             thread.start()
-            time.sleep(0.02)  # the small ones come first
+        until(lambda: model.engine.metrics().requests == 24)
         story.gate.set()
         for thread in threads:
             thread.join()

@@ -46,7 +46,7 @@ def create_app(model: Served, options: Options | None = None) -> FastAPI:
 def _add_open(app: FastAPI, service: Service) -> None:
     """What needs no key."""
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def page() -> Response:
         return plain.page()
 
@@ -54,7 +54,7 @@ def _add_open(app: FastAPI, service: Service) -> None:
     async def plan() -> Response:
         return plain.plan(service)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         return plain.health(service)
 
