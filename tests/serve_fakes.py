@@ -90,6 +90,10 @@ class FakeRunner:
         self.pool = np.full((self.blocks, self.block_size), UNWRITTEN, np.int64)
         self.contexts = np.zeros((self.blocks, self.block_size), np.uint64)
 
+    def logits(self, history: np.ndarray) -> np.ndarray:
+        """The logits of the token after a history."""
+        return history_logits(history, self.vocabulary)
+
     def run(self, batch: StepBatch, every: bool = False) -> FakeLogits:
         if self.fail_run:
             raise RuntimeError(self.fail_run)
@@ -112,10 +116,10 @@ class FakeRunner:
             history = self.pool[batch.tables[row]].reshape(-1)[: start + length]
             assert (history != UNWRITTEN).all(), "reads what was never written"
             self._check(batch.tables[row], history, start)
-            last[row] = history_logits(history, self.vocabulary)
+            last[row] = self.logits(history)
             if all_of_them is not None:
                 for at in range(length):
-                    all_of_them[row, at] = history_logits(history[: start + at + 1], self.vocabulary)
+                    all_of_them[row, at] = self.logits(history[: start + at + 1])
         return FakeLogits(self, last, all_of_them)
 
     def _check(self, table: np.ndarray, history: np.ndarray, start: int) -> None:
