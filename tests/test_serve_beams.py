@@ -120,7 +120,7 @@ def score(model, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> float:
 
 def test_beams_that_are_preempted_give_the_same_answers(model):
     options = Options(eos=(EOS,), prefix_cache=False)
-    core = Core(TorchRunner(model=model, blocks=1 + 15), None, options, Meter())
+    core = Core(TorchRunner(model=model, blocks=1 + 12), None, options, Meter())
     sampling = Sampling(max_tokens=10, num_beams=3, n=3, temperature=0)
     prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[3], PROMPTS[1]]
     got = ask(core, [Request(prompt, sampling) for prompt in prompts])

@@ -47,16 +47,17 @@ class Bench:
 
 
 def answers(stream: Stream) -> list[tuple]:
-    """(tokens, text, finish, log probabilities) of each answer of a stream that has ended."""
-    tokens, texts, ends, logs = {}, {}, {}, {}
+    """(tokens, text, finish, log probabilities, the prompt's) of each answer of a stream that has ended."""
+    tokens, texts, ends, logs, prompt = {}, {}, {}, {}, None
     for piece in stream:
         assert piece.index not in ends, "a piece after the last"
         tokens.setdefault(piece.index, []).extend(piece.token_ids)
         texts[piece.index] = texts.get(piece.index, "") + piece.text
         logs.setdefault(piece.index, []).extend(piece.logprobs or ())
+        prompt = piece.prompt_logprobs or prompt
         if piece.finish:
             ends[piece.index] = piece.finish
-    return [(tokens[i], texts[i], ends[i], logs[i]) for i in sorted(tokens)]
+    return [(tokens[i], texts[i], ends[i], logs[i], prompt) for i in sorted(tokens)]
 
 
 def random_request(rng: random.Random, prefixes: list[tuple[int, ...]], longest: int) -> Request:
@@ -124,7 +125,7 @@ def schedule_once(seed: int) -> int:
     bench.core.blocks.check([])
     for request, stream in all_of_them:
         got, expected = answers(stream), alone(request)
-        if request.id in gone and any(end is FinishReason.CANCELLED for _, _, end, _ in got):
+        if request.id in gone and any(end is FinishReason.CANCELLED for _, _, end, *_ in got):
             for (tokens, text, *_), (right, right_text, *_) in zip(got, expected):
                 if request.sampling.streams:
                     assert tokens == right[: len(tokens)] and right_text.startswith(text)
@@ -190,6 +191,15 @@ def test_prefixes_are_shared_only_within_a_salt():
         assert {piece.cached_tokens for piece in stream} == {0}
 
 
+def test_equal_blocks_are_shared_only_after_equal_beginnings():
+    bench = Bench()
+    first, second = tuple(range(4)), tuple(range(4, 8))
+    for prompt in (first + second + (9,), second + first + (9,), first + first + (9,)):
+        stream = bench.submit(Request(prompt, Sampling(max_tokens=2, temperature=0, ignore_eos=True)))
+        bench.finish()
+        assert answers(stream)[0][0] == greedy_answer(prompt, 2)
+
+
 def test_kept_prefixes_go_least_recently_used_first_and_only_when_room_is_needed():
     bench = Bench(FakeRunner(blocks=1 + 8))
     old, new = tuple(range(16)), tuple(range(20, 36))
@@ -208,10 +218,10 @@ def test_kept_prefixes_go_least_recently_used_first_and_only_when_room_is_needed
 def test_prompt_logprobs_are_those_of_the_prompt():
     bench = Bench()
     prompt = tuple(range(30, 49))
-    warm = bench.submit(Request(prompt, Sampling(max_tokens=1)))
+    bench.submit(Request(prompt, Sampling(max_tokens=1)))
+    bench.finish()
     stream = bench.submit(Request(prompt, Sampling(max_tokens=0, prompt_logprobs=2)))
     bench.finish()
-    list(warm)
     (piece,) = list[Output](stream)
     assert piece.prompt_logprobs is not None and piece.prompt_logprobs[0] is None
     assert piece.finish is FinishReason.LENGTH and not piece.token_ids
