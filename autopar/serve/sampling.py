@@ -15,8 +15,8 @@ from autopar.serve.request import Sampling, TokenLogprob
 
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
-_NARROW = 256
-"""Likeliest tokens that are sorted first; the rest only if top-p reaches beyond them."""
+_WIDTHS = (256, 4096)
+"""So many of the likeliest tokens are sorted first, more only if top-p reaches beyond them."""
 _CHUNK = 256
 """Probabilities are summed in chunks: finding the one that is drawn needs no running sum over all."""
 
@@ -120,13 +120,21 @@ class Sampler:
         best = int(logits.argmax())
         if not logits[best] > -math.inf:  # NaN is its own argmax; all -inf leaves nothing
             return -1
-        if self.sampling.temperature == 0 or self.sampling.top_k == 1 or logits[best] == math.inf:
+        sampling = self.sampling
+        if sampling.temperature == 0 or sampling.top_k == 1 or logits[best] == math.inf:
             return best
         point = uniform(self._key, position)
-        scaled = (logits - logits[best]) * np.float32(1 / max(self.sampling.temperature, 1e-6))
-        if self.sampling.top_k or self.sampling.top_p < 1:
-            return _draw_ranked(scaled, self.sampling, point)
-        return _draw(np.exp(scaled), self.sampling.min_p, point)
+        if sampling.top_k or sampling.top_p < 1:
+            return _draw_ranked(logits, sampling, point)
+        return _draw(_weights(logits, best, sampling.temperature), sampling.min_p, point)
+
+
+def _weights(logits: np.ndarray, best: int, temperature: float) -> np.ndarray:
+    """Probabilities relative to the likeliest token's, in one new array."""
+    weights = np.subtract(logits, logits[best])
+    if temperature != 1:
+        weights *= np.float32(1 / max(temperature, 1e-6))
+    return np.exp(weights, out=weights)
 
 
 def _draw(weights: np.ndarray, min_p: float, point: float) -> int:
@@ -148,9 +156,9 @@ def _pick(weights: np.ndarray, target: float) -> int:
     return at if at < len(weights) else int(np.flatnonzero(weights)[-1])
 
 
-def _draw_ranked(scaled: np.ndarray, sampling: Sampling, point: float) -> int:
+def _draw_ranked(logits: np.ndarray, sampling: Sampling, point: float) -> int:
     """Draws among the likeliest tokens: top-k, of these top-p, of these min-p (in Hugging Face's order)."""
-    ranked, weights, whole = _rank(scaled, sampling.top_k, sampling.top_p)
+    ranked, weights, whole = _rank(logits, sampling.temperature, sampling.top_k, sampling.top_p)
     cumulated = np.cumsum(weights, dtype=np.float64)
     keep = int(np.searchsorted(cumulated, sampling.top_p * whole, side="left")) + 1
     if sampling.min_p:
@@ -159,17 +167,21 @@ def _draw_ranked(scaled: np.ndarray, sampling: Sampling, point: float) -> int:
     return int(ranked[_pick(weights[:keep], point * cumulated[keep - 1])])
 
 
-def _rank(scaled: np.ndarray, top_k: int, top_p: float) -> tuple[np.ndarray, np.ndarray, float]:
+def _rank(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float
+) -> tuple[np.ndarray, np.ndarray, float]:
     """(likeliest tokens, best first, enough for both limits; their weights; the weight of all of top-k)."""
-    size = len(scaled)
-    if not 0 < top_k < size and size > _NARROW:  # top-p alone: few tokens are mostly enough
-        whole = float(np.exp(scaled).sum(dtype=np.float64))
-        ranked = largest(scaled, _NARROW)
-        weights = np.exp(scaled[ranked])
-        if weights.sum(dtype=np.float64) >= top_p * whole:
-            return ranked, weights, whole
-    ranked = largest(scaled, min(top_k or size, size))
-    weights = np.exp(scaled[ranked])
+    size = len(logits)
+    if not 0 < top_k < size:  # top-p alone: few tokens are mostly enough
+        every = _weights(logits, int(logits.argmax()), temperature)
+        whole = float(every.sum(dtype=np.float64))
+        for width in _WIDTHS:
+            ranked = largest(logits, min(width, size))
+            weights = every[ranked]
+            if weights.sum(dtype=np.float64) >= top_p * whole:
+                return ranked, weights, whole
+    ranked = largest(logits, min(top_k or size, size))
+    weights = _weights(logits[ranked], 0, temperature)
     return ranked, weights, float(weights.sum(dtype=np.float64))
 
 

@@ -174,6 +174,8 @@ class Scheduler:
     # --- admission and release
 
     def _admit(self) -> None:
+        if not self.waiting:
+            return
         limit = self._shapes.rows[-1] * self._shapes.groups
         rows = sum(self._width(sequence) for sequence in self.running)
         while True:
