@@ -7,6 +7,7 @@ all of them work on the same arrays.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,6 @@ from autopar.api.tracing import Tracer
 from autopar.cluster import Cluster
 from autopar.core.errors import BadInput
 from autopar.core.graph import Graph
-from autopar.core.mesh import Mesh
 from autopar.core.plan import Plan, ShardingPlan, Stage
 from autopar.core.program import Buffer, Program
 from autopar.core.spec import Spec
@@ -29,7 +29,7 @@ from autopar.runtime.backend import Session
 from autopar.runtime.results import homes
 from autopar.sharding import plan as intra
 from autopar.sharding.options import Options as ShardingOptions
-from autopar.stages import Options, cut, replacements
+from autopar.stages import Options, cut
 from autopar.stages.assemble import assemble
 from autopar.trace.traced import Traced
 
@@ -92,6 +92,16 @@ class Served:
         """The cache's shapes."""
         return self.family.cache_shapes(self.config, self.blocks, self.block_size, self.dtype)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return _bytes(self.parameters)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one cache block, all layers together."""
+        return _bytes(self.cache) // self.blocks
+
     def step(self, every: bool) -> Callable[..., Any]:
         """Returns `(params, cache, batch) -> (results, cache)`; results: likeliest tokens and logits, or
         all logits.
@@ -126,6 +136,10 @@ class Served:
 
         batch = (jax.ShapeDtypeStruct((count,), jnp.int32),) * 2
         return Tracer(copy, (self.cache, batch), {}, batch_argnums=(1,))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
 def likeliest(logits: Array) -> Array:
@@ -169,7 +183,7 @@ def derived(base: Made, traced: Traced, same: Mapping[int, int], cluster: Cluste
     for s, stage in enumerate(plan.stages):
         own = tuple(sorted({i for x in segments if x.stage == s for i in x.equations}))
         pins = tuple((v, stage.sharding.layout[w]) for v, w in same.items() if w in stage.sharding.layout)
-        stages.append(replace(stage, sharding=_sharded(graph, own, stage.mesh, pins)))
+        stages.append(replace(stage, sharding=_sharded(graph, own, stage.sharding, pins)))
     seconds = sum(stage.sharding.forward for stage in stages)
     options = Options(schedule=plan.schedule, model=traced.fingerprint)
     made = assemble(graph, cluster, tuple(stages), segments, options, seconds, seconds, ())
@@ -179,13 +193,13 @@ def derived(base: Made, traced: Traced, same: Mapping[int, int], cluster: Cluste
 
 
 def _sharded(
-    graph: Graph, equations: Sequence[int], mesh: Mesh, pins: tuple[tuple[int, Spec], ...]
+    graph: Graph, equations: Sequence[int], known: ShardingPlan, pins: tuple[tuple[int, Spec], ...]
 ) -> ShardingPlan:
-    types = replacements(mesh.device, graph)
+    """Returns the plan of a stage on the mesh and in the element types of another plan of it."""
     options = ShardingOptions(
-        pinned=pins, gap=GAP, seconds=SECONDS, dtypes=types.dtypes, products=types.products
+        pinned=pins, gap=GAP, seconds=SECONDS, dtypes=known.dtypes, products=known.products
     )
-    return intra.plan(graph, equations, mesh, options)
+    return intra.plan(graph, equations, known.mesh, options)
 
 
 def program_of(plan: Plan) -> Program:
@@ -278,6 +292,12 @@ def state_of(traced: Traced) -> tuple[tuple[str, int], ...]:
     return tuple((leaf.path, leaf.values[0]) for leaf in leaves)
 
 
+def same_state(base: Traced, other: Traced) -> dict[int, int]:
+    """Returns state value of another step → the value of the first that it is: they have the same path."""
+    known = dict(state_of(base))
+    return {v: known[path] for path, v in state_of(other) if path in known}
+
+
 class Programs:
     """The programs of a served model: the first is planned, the others derived; all share one state.
 
@@ -302,7 +322,7 @@ class Programs:
             self._say(f"compiling {text(key)}")
             made = self._derive(key)
             program = program_of(made.plan)
-            names = {Buffer(v): Buffer(w) for v, w in self._same(made.traced).items()}
+            names = {Buffer(v): Buffer(w) for v, w in same_state(self.base.made.traced, made.traced).items()}
             session = self.base.session.sibling(made.plan, program, made.traced, names)
             session.compile()
             self._known[key] = Loaded.of(made, program, session)
@@ -329,17 +349,12 @@ class Programs:
         base = self.base.made
         if isinstance(key, Shape):
             traced = self.served.tracer(key)(1, False)
-            return derived(base, traced, self._same(traced), self.cluster)
+            return derived(base, traced, same_state(self.base.made.traced, traced), self.cluster)
         traced = self.served.copier(key)(1, False)
-        same = self._same(traced)
+        same = same_state(self.base.made.traced, traced)
         home = layer_of(base.traced.graph, list(same.values()))
         traced = at_home(traced, base.plan.layers, {v: home[w] for v, w in same.items()})
         return derived(base, traced, same, self.cluster)
-
-    def _same(self, traced: Traced) -> dict[int, int]:
-        """State value of another trace → the value of the first that it is: they have the same path."""
-        known = dict(self._state)
-        return {v: known[path] for path, v in state_of(traced) if path in known}
 
     def close(self) -> None:
         """Stops what runs and drops everything held."""

@@ -27,7 +27,7 @@ COLOURS = {
 PALETTE = ("#4C78A8", "#F58518", "#54A24B", "#B279A2", "#E45756", "#72B7B2", "#EECA3B", "#9D755D")
 
 
-def _figure(width: float, height: float, rows: Sequence[float]) -> tuple[Figure, list[Axes]]:
+def figure_of(width: float, height: float, rows: Sequence[float]) -> tuple[Figure, list[Axes]]:
     """A figure that needs no display, with one axes per row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def plan_picture(plan: Plan, path: str, timeline: Timeline | None = None) -> Non
     """
     stages = len(plan.stages)
     rows = [1.9, 0.5 + 0.28 * stages] + ([0.5 + 0.28 * stages] if timeline else [])
-    figure, axes = _figure(max(8.0, 2.6 * stages), 1.6 * sum(rows), rows)
+    figure, axes = figure_of(max(8.0, 2.6 * stages), 1.6 * sum(rows), rows)
     figure.suptitle(
         f"{seconds(plan.step_time)} per step · bubble {share(plan.bubble)} · proven gap {share(plan.gap)} · "
         f"{plan.microbatches} micro-batches, {plan.schedule}",
@@ -139,7 +139,7 @@ def _phase(name: str) -> str:
 
 def timeline_picture(timeline: Timeline, path: str) -> None:
     """Draws one timeline to `path` (*.svg, *.png, *.pdf)."""
-    figure, axes = _figure(10, 0.9 + 0.45 * len(timeline.workers), [1])
+    figure, axes = figure_of(10, 0.9 + 0.45 * len(timeline.workers), [1])
     draw_timeline(axes[0], timeline)
     figure.savefig(path)
 
@@ -148,7 +148,7 @@ def curve_picture(
     curves: Mapping[str, Sequence[float]], path: str, title: str = "", ylabel: str = "loss"
 ) -> None:
     """Draws named curves over the step number to `path` (*.png, *.svg, *.pdf)."""
-    figure, axes = _figure(7, 4, [1])
+    figure, axes = figure_of(7, 4, [1])
     for i, (name, values) in enumerate(curves.items()):
         style = ("-", "--", ":")[i % 3]
         axes[0].plot(

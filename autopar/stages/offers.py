@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -49,6 +50,7 @@ class Options:
         stages: exactly so many; overrides the two limits that follow.
         min_stages, max_stages: limits; None: as many as there are layers.
         max_layers: at most so many layers in one stage.
+        slowest: seconds that no stage may exceed for a micro-batch, by its layers' prices.
         choices: the submeshes that may be used; None: all of the cluster's.
         rounds: how often the stage program is solved again because a stage's exact plan did not fit.
         gap: relative distance from the optimum at which the stage program may stop.
@@ -61,6 +63,7 @@ class Options:
     min_stages: int = 1
     max_stages: int | None = None
     max_layers: int | None = None
+    slowest: float = math.inf
     choices: tuple[MeshChoice, ...] | None = None
     rounds: int = 8
     gap: float = 1e-6

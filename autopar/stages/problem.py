@@ -91,6 +91,7 @@ def build(
     if options.max_layers is not None:
         length = np.arange(layers + 1)[None, :] - np.arange(layers)[:, None]
         time = np.where(length > options.max_layers, np.inf, time)
+    time = np.where(time > options.slowest, np.inf, time)
     problem = StageProblem(
         choices=tuple(
             SubmeshChoice(kinds.index(c.kind), c.devices, f"{c.devices} × {c.mesh}") for c in submeshes
