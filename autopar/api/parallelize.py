@@ -127,7 +127,8 @@ class Parallelized:
             DoesNotFit: no plan keeps every device within its memory. BadInput, StalePlan: the method or
                 cluster.
         """
-        return Plan.of(self._planned(self._key(args, kwargs), args, kwargs).plan)
+        made = self._planned(self._key(args, kwargs), args, kwargs)
+        return Plan.of(made.plan, made.traced.graph)
 
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
         """Returns what the planner sees: the graph, with the equations behind it."""

@@ -11,9 +11,11 @@ from typing import Any
 from autopar.core import plan as nouns
 from autopar.core.codec import from_data, to_data
 from autopar.core.errors import BadInput, PlanError, StalePlan
+from autopar.core.graph import Graph
 from autopar.core.program import Program
 from autopar.core.timeline import Timeline as TimelineNoun
 from autopar.program import emit, schedule, simulate
+from autopar.sharding.explain import Explanation, explain, find
 
 
 class Timeline(TimelineNoun):
@@ -37,9 +39,11 @@ class Plan(nouns.Plan):
     """How a step is spread over a cluster; the fields are those of `autopar.core.plan.Plan`."""
 
     @classmethod
-    def of(cls, noun: nouns.Plan) -> Plan:
-        """Returns the same plan with the verbs."""
-        return cls(**{f.name: getattr(noun, f.name) for f in fields(nouns.Plan)})
+    def of(cls, noun: nouns.Plan, graph: Graph | None = None) -> Plan:
+        """Returns the same plan with the verbs; with the step's graph it can explain itself."""
+        plan = cls(**{f.name: getattr(noun, f.name) for f in fields(nouns.Plan)})
+        object.__setattr__(plan, "_graph", graph)
+        return plan
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -71,6 +75,30 @@ class Plan(nouns.Plan):
         part = target.with_name(target.name + ".part")
         part.write_text(json.dumps(to_data(self), separators=(",", ":")), encoding="utf-8")
         os.replace(part, target)
+
+    def explain(self, name: str, alternatives: int = 3) -> Explanation:
+        """Returns why a tensor lies as it does: what that costs, what else would, and who decided; print it.
+
+        Args:
+            name: tree path of an argument, e.g. "params/Block_3/Dense_0/kernel".
+            alternatives: for how many other layouts everything else is planned anew.
+
+        Raises:
+            BadInput: no such tensor, or the plan was loaded from a file, without its step.
+        """
+        graph: Graph | None = getattr(self, "_graph", None)
+        if graph is None:
+            raise BadInput(
+                "a plan from a file does not know its step; ask the plan of "
+                "parallelize(step, method=Manual(plan)).plan(*args)"
+            )
+        v = find(graph, name)
+        stages = [s for s, stage in enumerate(self.stages) if v in stage.sharding.layout]
+        if not stages:
+            raise BadInput(f"{name} is no tensor that a stage keeps: a number, or unused")
+        stage = self.stages[stages[0]]
+        mine = sorted({e for x in self.segments if x.stage == stages[0] for e in x.equations})
+        return explain(graph, mine, stage.sharding, v, stage.memory.in_flight, alternatives)
 
     def program(self) -> Program:
         """Returns what each worker does in one step."""

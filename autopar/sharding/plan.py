@@ -97,7 +97,7 @@ def plan(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options = 
         BadInput: options that make no sense.
     """
     region = extract(graph, equations)
-    return relabel(_planned(_Keyed(region_key(region), region), mesh, _canonical(options, region)), region)
+    return relabel(_planned(_Keyed(region_key(region), region), mesh, canonical(options, region)), region)
 
 
 def offers(
@@ -117,8 +117,8 @@ def offers(
     """
     region = extract(graph, equations)
     plain = replace(region, ids=(), indices=(), values=tuple(replace(v, name="") for v in region.values))
-    keyed, canonical = _Keyed(region_key(region), plain), _canonical(options, region)
-    found = [_priced(keyed, mesh, canonical, price) for price in sorted({*prices})]
+    keyed, own = _Keyed(region_key(region), plain), canonical(options, region)
+    found = [_priced(keyed, mesh, own, price) for price in sorted({*prices})]
     found.sort(key=lambda p: (step_seconds(p, region.microbatches), p.memory.peak))
     front: list[ShardingPlan] = []
     for each in found:
@@ -222,7 +222,7 @@ def check_options(options: Options) -> None:
         raise BadInput(f"limit must be a positive number of bytes, got {options.limit}")
 
 
-def _canonical(options: Options, region: Region) -> Options:
+def canonical(options: Options, region: Region) -> Options:
     """Returns the options with pins in the region's ids; pins of values elsewhere drop out."""
     number = {v: i for i, v in enumerate(region.ids)}
     pinned = tuple((number[v], spec) for v, spec in options.pinned if v in number)
