@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar_solver import ChoiceProblem, solve
-from autopar_solver.network import BLOCKED, InfeasibleProblem, Network
+from autopar_solver.network import InfeasibleProblem, Network
 from autopar_solver.presolve import presolve
+from autopar_solver.presolve_kernels import BLOCKED
 from autopar_solver.reference import brute_force, naive_cost, tiny_problem
 from autopar_solver.timeline import binding_segments, spread
 

@@ -6,7 +6,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from autopar_solver.network import BLOCKED, Network, distinct_rows
+from autopar_solver.network import Network, distinct_rows
+from autopar_solver.presolve_kernels import BLOCKED
 from autopar_solver.problem import IntArray
 
 FloatArray = npt.NDArray[np.float64]

@@ -5,22 +5,13 @@ The loops release the interpreter lock, so that threads run them side by side, a
 cached.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from autopar_solver.compact import Compact, FloatArray
+from autopar_solver.jit import jit
 from autopar_solver.problem import IntArray
-
-Kernel = TypeVar("Kernel", bound=Callable[..., Any])
-
-
-def jit(kernel: Kernel) -> Kernel:
-    """Returns a kernel compiled at its first call."""
-    return cast(Kernel, numba.njit(cache=True, nogil=True)(kernel))
-
 
 EPS = 2.0**-52
 

@@ -13,32 +13,42 @@ import numpy as np
 
 from autopar_solver.bounds import Dual
 from autopar_solver.compact import Compact, FloatArray
+from autopar_solver.core import CoreSearch, excess_costs
 from autopar_solver.kernels import Graph
 from autopar_solver.problem import IntArray
 from autopar_solver.run import Run
 from autopar_solver.search import Walker, penalised
 from autopar_solver.submilp import SubMilp, cost_of
 
-DUAL_SHARE = 0.4
+DUAL_SHARE = 0.5
 FIRST_DUAL_SHARE = 0.06
 COOLING_SHARE = 0.85
 START_TEMPERATURE = 2e-5
 FALL_BEHIND = 2e-3
 PATCH_SECONDS = 2.0
+RESTART_AT, SETTLING_TIME = 0.3, 0.08
+CORE_SHARE, CORE_SECONDS, CORE_TIME = 0.4, 4.0, 0.05
+SETTLING_PASSES = 5
 
 
 @dataclass
 class Board:
     """What the threads of a large solve share: prices, the best choice (value without the constant), when to
-    stop.
+    stop. rounded is the dual's own choice under its latest prices, feasible or not.
     """
 
     price: FloatArray
     bound: float
+    rounded: IntArray
     x: IntArray
-    value: float
+    const: float
+    value: float = math.inf
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def missing(self, bound: float) -> float:
+        """Returns by how much the best choice is above a bound."""
+        return self.value + self.const - bound
 
     def offer(self, x: IntArray, value: float) -> bool:
         """Takes a feasible choice if it is the best of all threads."""
@@ -47,6 +57,11 @@ class Board:
             if better:
                 self.x, self.value = x.copy(), value
             return better
+
+
+def new_board(dual: Dual) -> Board:
+    """Returns a board without a choice yet."""
+    return Board(dual.price, -math.inf, dual.x, dual.x, dual.c.const)
 
 
 def threads_of(run: Run) -> int:
@@ -61,7 +76,7 @@ def large_route(run: Run, c: Compact, beside: threading.Thread | None = None) ->
     """
     dual = Dual(c)
     graph = penalised(c)
-    board = Board(dual.price, -math.inf, dual.x, math.inf)
+    board = new_board(dual)
     first_dual(run, c, dual, board)
     jobs: list[Callable[[], None]] = [lambda: climb(run, c, dual, board, graph)]
     extra = threads_of(run) - 1 - (beside is not None)
@@ -84,7 +99,7 @@ def first_dual(run: Run, c: Compact, dual: Dual, board: Board) -> None:
 def quick_dual(run: Run, c: Compact, seconds: float) -> None:
     """Climbs the dual alone until the gap is closed, the step size has collapsed or the time is over."""
     dual = Dual(c)
-    board, end = Board(dual.price, -math.inf, dual.x, math.inf), run.elapsed() + seconds
+    board, end = new_board(dual), run.elapsed() + seconds
     while run.elapsed() < end and not run.done() and dual.step_size > 1e-4:
         dual_step(run, c, dual, board)
     run.note(f"glance: {dual.evaluations} evaluations, bound {dual.bound:.10g}")
@@ -94,7 +109,7 @@ def dual_step(run: Run, c: Compact, dual: Dual, board: Board) -> None:
     """One step of the dual: its prices and bound, and its rounding if that is feasible, go to all."""
     x, cost, used = dual.climb(board.value + c.const)
     run.raise_bound(dual.bound)
-    board.price, board.bound = starting_prices(dual, c), dual.bound
+    board.price, board.bound, board.rounded = starting_prices(dual, c), dual.bound, x.copy()
     if cost - c.const < board.value and (used <= c.cap).all() and board.offer(x, cost - c.const):
         run.offer(c.restore(x))
 
@@ -106,7 +121,9 @@ def climb(run: Run, c: Compact, dual: Dual, board: Board, graph: Graph) -> None:
     end = run.elapsed() + DUAL_SHARE * run.left()
     while run.elapsed() < end and not board.stop.is_set() and dual.step_size > 1e-4:
         dual_step(run, c, dual, board)
-    walk(run, c, graph, board, 0)
+    dual.price = dual.best_price
+    dual.evaluate(SETTLING_PASSES)
+    walk(run, c, graph, board, 0, CoreSearch(c, excess_costs(dual), run.seed))
 
 
 def starting_prices(dual: Dual, c: Compact) -> FloatArray:
@@ -116,18 +133,22 @@ def starting_prices(dual: Dual, c: Compact) -> FloatArray:
     return np.full(c.segments, 1e-3 * abs(dual.bound) / (dual.scale * c.segments))
 
 
-def walk(run: Run, c: Compact, graph: Graph, board: Board, k: int) -> None:
+def walk(run: Run, c: Compact, graph: Graph, board: Board, k: int, cores: CoreSearch | None = None) -> None:
     """A searching thread: cools down from its own temperature, then polishes the best choice of all
-    threads.
+    threads. The first thread also gives HiGHS sub-MILPs and core problems.
     """
     walker = Walker(c, graph, board.x, run.seed * 64 + k)
     patches = SubMilp(c, run.seed * 64 + k) if k == 0 else None
-    began, polishing = run.elapsed(), False
+    began, polishing, on_cores = run.elapsed(), False, 0.0
+    since = Restarts()
     while not board.stop.is_set() and not run.done():
         share = (run.elapsed() - began) / max(1e-9, run.seconds - began) / COOLING_SHARE
         hottest = abs(board.bound) * START_TEMPERATURE * 4.0 ** ((k + 1) % 3 - 1)
+        behind = FALL_BEHIND * abs(board.bound) if share < 1 else 0.0
         temperature = hottest * (1 - share) if share < 1 and walker.over <= 0 else 0.0
-        if board.value < walker.best - (FALL_BEHIND * abs(board.bound) if share < 1 else 0.0):
+        if share < 1 and since.due(board, run):
+            walker.restart(board.rounded)
+        elif since.settled(run) and board.value < walker.best - behind:
             walker.move_to(board.x)
         elif share >= 1 and not polishing and math.isfinite(walker.best):
             polishing = True
@@ -137,11 +158,39 @@ def walk(run: Run, c: Compact, graph: Graph, board: Board, k: int) -> None:
             run.offer(c.restore(walker.best_x))
         if patches is not None and math.isfinite(board.value):
             improve_patch(run, c, board, patches)
+        spent = on_cores > CORE_SHARE * (run.elapsed() - began)
+        if cores is not None and not spent and math.isfinite(board.value):
+            on_cores += improve_core(run, c, board, cores)
     run.note(f"search {k}: {walker.total_moves} moves, best {walker.best + c.const:.10g}")
     if patches is not None:
         run.note(
             f"sub-MILP: {patches.tried} tried, {patches.improved} improved, last size {patches.size:.0f}"
         )
+    if cores is not None:
+        run.note(f"cores: {cores.tried} tried, {cores.improved} improved, last {cores.columns} columns")
+
+
+class Restarts:
+    """When a walker should start again from the dual's rounding.
+
+    What it found under much worse prices lies in another region, which it can't leave.
+    """
+
+    def __init__(self) -> None:
+        self.bound, self.at = -math.inf, -math.inf
+
+    def due(self, board: Board, run: Run) -> bool:
+        """Whether the bound has closed enough of the gap since the last start."""
+        if not math.isfinite(board.value):
+            return False
+        if math.isfinite(self.bound) and board.bound - self.bound < RESTART_AT * board.missing(self.bound):
+            return False
+        self.bound, self.at = board.bound, run.elapsed()
+        return True
+
+    def settled(self, run: Run) -> bool:
+        """Whether the walker had its time since the last start, so that it may be compared with the best."""
+        return run.elapsed() > self.at + SETTLING_TIME * run.seconds
 
 
 def improve_patch(run: Run, c: Compact, board: Board, patches: SubMilp) -> None:
@@ -149,6 +198,16 @@ def improve_patch(run: Run, c: Compact, board: Board, patches: SubMilp) -> None:
     better = patches.improve(board.x, board.price, min(run.left(), PATCH_SECONDS), board.stop)
     if better is not None and board.offer(better, cost_of(c, better) - c.const):
         run.offer(c.restore(better))
+
+
+def improve_core(run: Run, c: Compact, board: Board, cores: CoreSearch) -> float:
+    """Gives HiGHS the core problem of the best choice; returns the seconds it took."""
+    began = run.elapsed()
+    seconds = min(run.left(), max(CORE_SECONDS, CORE_TIME * run.seconds))
+    better = cores.improve(board.x, board.missing(board.bound), seconds, board.stop)
+    if better is not None and board.offer(better, cost_of(c, better) - c.const):
+        run.offer(c.restore(better))
+    return run.elapsed() - began
 
 
 def run_threads(run: Run, jobs: list[Callable[[], None]], stop: threading.Event) -> None:

@@ -11,10 +11,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from autopar_solver.presolve_kernels import INF, gains, kinds_of_rows, row_facts, splits
 from autopar_solver.problem import FORBIDDEN, ChoiceProblem, IntArray
 
-INF = 2**61
-BLOCKED = 2**60
 Item = tuple[int, int, IntArray]
 
 
@@ -34,78 +33,87 @@ class Matrix:
     @cached_property
     def flip(self) -> "Matrix":
         """The same edge seen from its other end."""
-        other = Matrix(self.m.T)
+        other = Matrix(np.ascontiguousarray(self.m.T))
         other.__dict__["flip"] = self
         return other
 
     @cached_property
+    def _facts(self) -> tuple[npt.NDArray[np.bool_], IntArray, int]:
+        return row_facts(self.m)
+
+    @property
     def row_ok(self) -> npt.NDArray[np.bool_]:
         """Which rows have an entry that isn't forbidden."""
-        return self.m.min(axis=1) < BLOCKED
+        return self._facts[0]
 
     @cached_property
+    def all_ok(self) -> bool:
+        """Whether every row has an entry that isn't forbidden."""
+        return bool(self.row_ok.all())
+
+    @property
     def function(self) -> IntArray | None:
         """The column each row determines, if every row has exactly one entry that isn't forbidden."""
-        finite = self.m < BLOCKED
-        return finite.argmax(axis=1) if (finite.sum(axis=1) == 1).all() else None
+        only = self._facts[1]
+        return only if len(only) else None
 
     @cached_property
     def split(self) -> tuple[IntArray, IntArray] | None:
         """(a, b) with m[s, t] = a[s] + b[t], if there is such a pair."""
-        if self.m.max() >= BLOCKED:
-            return None
-        a = self.m[:, 0] - self.m[0, 0]
-        return (a, self.m[0]) if (self.m == a[:, None] + self.m[:1]).all() else None
+        return (self.m[:, 0] - self.m[0, 0], self.m[0]) if splits(self.m) else None
 
     def finite_share(self) -> float:
         """The share of entries that aren't forbidden; few say most, so they are asked first."""
-        return self._finite_share
-
-    @cached_property
-    def _finite_share(self) -> float:
-        return float((self.m < BLOCKED).mean())
+        return self._facts[2] / self.m.size
 
     @cached_property
     def gain(self) -> IntArray:
         """[s, r]: the least that moving this end from s to r saves, whatever the other end is; -INF if it
         may break.
-
-        Rows that are equal up to a constant are looked at once, equal columns too.
         """
-        level = self.m.min(axis=1)
-        rest = np.where(self.m < BLOCKED, self.m - level[:, None], INF)
-        first, kind = distinct_rows(rest)
-        rows = rest[first]
-        if rows.shape[1] > 8:
-            rows = rows[:, distinct_rows(rows.T)[0]]
-        least = np.empty((len(rows), len(rows)), np.int64)
-        for s in range(len(rows)):
-            relevant = rows[:, rows[s] < BLOCKED]
-            least[s] = (relevant[s] - relevant).min(axis=1, initial=INF)
-        out = least[np.ix_(kind, kind)]
-        return np.where(
-            out < -BLOCKED, -INF, out + np.minimum(level, BLOCKED)[:, None] - np.minimum(level, BLOCKED)
-        )
+        return gains(self.m)
 
-    def take(self, keep: npt.NDArray[np.bool_] | IntArray) -> "Matrix":
-        """Returns the matrix with only these rows."""
-        taken = Matrix(self.m[keep])
-        if "gain" in self.__dict__:
-            taken.__dict__["gain"] = self.gain[keep][:, keep]
+    @cached_property
+    def identity(self) -> bool:
+        """Whether every row determines the column of its own number."""
+        only = self._facts[1]
+        return len(only) == self.m.shape[1] and bool((only == np.arange(len(only))).all())
+
+    @cached_property
+    def function_cost(self) -> IntArray:
+        """What each row costs with the column it determines."""
+        assert self.function is not None
+        return self.m[np.arange(len(self.m)), self.function]
+
+    def take(self, rows: IntArray) -> "Matrix":
+        """Returns the matrix with these rows; the same one if asked again."""
+        key = rows.tobytes()
+        taken = self._taken.get(key)
+        if taken is None:
+            taken = self._taken[key] = Matrix(self.m[rows])
+            if "gain" in self.__dict__:
+                taken.__dict__["gain"] = np.ascontiguousarray(self.gain[rows][:, rows])
         return taken
 
+    @cached_property
+    def _taken(self) -> dict[bytes, "Matrix"]:
+        return {}
+
     def plus(self, other: "Matrix") -> "Matrix":
-        """Returns the sum of two parallel edges."""
-        return Matrix(np.minimum(self.m + other.m, INF))
+        """Returns the sum of two parallel edges; the same one if asked again."""
+        known = self._sums.get(id(other))
+        if known is None:
+            known = self._sums[id(other)] = (other, Matrix(np.minimum(self.m + other.m, INF)))
+        return known[1]
+
+    @cached_property
+    def _sums(self) -> dict[int, tuple["Matrix", "Matrix"]]:
+        return {}  # the summand is kept, so that its id isn't given to another
 
 
 def distinct_rows(m: npt.NDArray[np.generic]) -> tuple[IntArray, IntArray]:
-    """Returns (index of one row of each kind, kind of every row); rows are compared byte by byte."""
-    if m.shape[1] == 0:
-        return np.zeros(1, np.int64), np.zeros(len(m), np.int64)
-    whole = np.ascontiguousarray(m).view(np.dtype((np.void, m.shape[1] * m.itemsize))).ravel()
-    _, first, kind = np.unique(whole, return_index=True, return_inverse=True)
-    return first.astype(np.int64), kind.astype(np.int64).ravel()
+    """Returns (index of one row of each kind, kind of every row); rows are compared bit by bit."""
+    return kinds_of_rows(np.ascontiguousarray(m).view(np.int64))
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,13 @@ class Undo:
 
 @dataclass
 class Network:
-    """A choice problem being reduced. cap is the limit left per time segment (None: no limit at all)."""
+    """A choice problem being reduced.
+
+    Attributes:
+        cap: the limit left per time segment (None: no limit at all).
+        current: a feasible choice per node that every reduction keeps representable, so that what is left can
+            start from one no worse; None if there is none to keep.
+    """
 
     cost: list[IntArray]
     label: list[IntArray]
@@ -140,6 +154,14 @@ class Network:
     const: int = 0
     undo: list[Undo] = field(default_factory=list[Undo])
     counts: dict[str, int] = field(default_factory=dict[str, int])
+    current: IntArray | None = None
+
+    def follow(self, i: int, better: npt.NDArray[np.bool_], keep: npt.NDArray[np.bool_]) -> None:
+        """Moves a node's current choice, if it is dropped, to one that stands in for it (better[s, r])."""
+        if self.current is not None:
+            s = int(np.searchsorted(self.label[i], self.current[i]))
+            if not keep[s]:
+                self.current[i] = self.label[i][(better[s] & keep).argmax()]
 
     def count(self, what: str, by: int = 1) -> None:
         """Counts a reduction, for the log."""
@@ -165,8 +187,9 @@ class Network:
         self.cost[i] = self.cost[i][keep]
         self.label[i] = self.label[i][keep]
         self.items[i] = [(s, e, u[keep]) for s, e, u in self.items[i]]
+        rows = np.flatnonzero(keep)
         for j, matrix in self.adj[i].items():
-            kept = matrix.take(keep)
+            kept = matrix.take(rows)
             self.adj[i][j] = kept
             self.adj[j][i] = kept.flip
 

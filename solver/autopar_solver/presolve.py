@@ -10,7 +10,8 @@ from collections import deque
 
 import numpy as np
 
-from autopar_solver.network import BLOCKED, INF, InfeasibleProblem, Matrix, Network, network_of
+from autopar_solver.network import InfeasibleProblem, Matrix, Network, network_of
+from autopar_solver.presolve_kernels import BLOCKED, INF, narrow_dominance, start_dominance, undominated
 from autopar_solver.problem import ChoiceProblem, IntArray
 from autopar_solver.timeline import compress_time, profile
 
@@ -29,7 +30,11 @@ def presolve(problem: ChoiceProblem, rounds: int = 20) -> Network:
     Raises:
         InfeasibleProblem: presolve proved that there is no feasible choice; the message says why.
     """
-    net = network_of(problem)
+    return reduce_network(network_of(problem), rounds)
+
+
+def reduce_network(net: Network, rounds: int = 20) -> Network:
+    """Returns the network, reduced in place until no reduction applies; see presolve for the rest."""
     todo = _Queue(net)
     compress_time(
         net
@@ -101,9 +106,12 @@ def reduce_node(net: Network, i: int, todo: _Queue, cheaply: bool = False) -> No
 
 def drop_inconsistent(net: Network, i: int, todo: _Queue) -> None:
     """Drops choices that are forbidden or compatible with no choice of some neighbour."""
+    partly = [matrix.row_ok for matrix in net.adj[i].values() if not matrix.all_ok]
+    if not partly and net.cost[i].max() < BLOCKED:
+        return
     ok = net.cost[i] < BLOCKED
-    for matrix in net.adj[i].values():
-        ok = ok & matrix.row_ok
+    for row_ok in partly:
+        ok = ok & row_ok
     if not ok.all():
         net.count("choices inconsistent", int((~ok).sum()))
         net.restrict(i, ok)
@@ -151,12 +159,14 @@ def absorb_dependents(net: Network, i: int, todo: _Queue) -> None:
         if matrix.flip.function is not None and len(net.adj[j]) > len(net.adj[i]):
             todo.push(j)  # each determines the other: the one with more neighbours absorbs
             continue
-        net.cost[i] = np.minimum(net.cost[i] + net.cost[j][f] + matrix.m[np.arange(len(f)), f], INF)
-        net.items[i] = net.items[i] + [(s, e, u[f]) for s, e, u in net.items[j]]
+        same = matrix.identity
+        cost = net.cost[j] if same else net.cost[j][f]
+        net.cost[i] = np.minimum(net.cost[i] + cost + matrix.function_cost, INF)
+        net.items[i] = net.items[i] + (net.items[j] if same else [(s, e, u[f]) for s, e, u in net.items[j]])
         net.disconnect(i, j)
         for h, other in list(net.adj[j].items()):
             net.disconnect(j, h)
-            net.connect(i, h, other.take(f))
+            net.connect(i, h, other if same else other.take(f))
             todo.push(h)
         net.count("nodes contracted")
         net.remove(j, (i,), f)
@@ -171,23 +181,17 @@ def drop_dominated(net: Network, i: int, todo: _Queue) -> None:
     work = k * k * (1 + sum(min(m.m.shape[1], 256) for m in net.adj[i].values()))
     if k == 1 or work > DOMINANCE_WORK:
         return
-    better = ~np.eye(k, dtype=np.bool_)  # [s, r]: r may stand in for s
-    if net.items[i]:
-        for row in profile(net.items[i])[2]:
-            better &= row[:, None] >= row[None, :]
-    saves = net.cost[i][:, None] - net.cost[i][None, :]
+    usage = profile(net.items[i])[2] if net.items[i] else np.zeros((0, k), np.int64)
+    better, saves, some = start_dominance(net.cost[i], usage)
     for matrix in sorted(net.adj[i].values(), key=Matrix.finite_share):
-        if not better.any():
+        if not some:
             return
-        saves = np.maximum(saves + matrix.gain, -INF)
-        better &= saves > -BLOCKED
-    better &= saves >= 0
-    if not better.any():
+        some = narrow_dominance(better, saves, matrix.gain)
+    keep, dropped = undominated(better, saves)
+    if not dropped:
         return
-    keep = np.ones(k, np.bool_)
-    for s in np.flatnonzero(better.any(axis=1)):
-        keep[s] = not (better[s] & keep).any()
-    net.count("choices dominated", int((~keep).sum()))
+    net.count("choices dominated", dropped)
+    net.follow(i, better, keep)
     net.restrict(i, keep)
     todo.push(i)
     todo.push_neighbours(i)

@@ -7,8 +7,8 @@ import numpy as np
 from autopar_solver.compact import Compact
 from autopar_solver.milp import Exact
 from autopar_solver.network import InfeasibleProblem
+from autopar_solver.represolve import size_of
 from autopar_solver.run import Run
-from autopar_solver.submilp import size_of
 
 EXACT_COLUMNS = 120_000
 PATIENCE = 2.0

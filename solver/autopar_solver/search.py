@@ -50,6 +50,11 @@ class Walker:
         self.over = float(np.maximum(self.used - self.c.cap, 0.0).sum())
         self._keep(self.value if self.over <= 0 else math.inf, self.x)
 
+    def restart(self, x: IntArray) -> None:
+        """Starts again from a choice, feasible or not, as if nothing had been found before."""
+        self.best, self.best_x = math.inf, x.copy()
+        self.move_to(x)
+
     def chunk(self, price: FloatArray, temperature: float, moves: int | None = None) -> float:
         """Makes moves, as many as given or for about CHUNK_SECONDS; returns the best cost met so far."""
         began = time.perf_counter()

@@ -10,7 +10,8 @@ keeps the memory limit and doesn't cost more, or costs little enough for the tem
 import numpy as np
 
 from autopar_solver.compact import FloatArray
-from autopar_solver.kernels import Graph, Memory, across, add_row, jit, pair_cost
+from autopar_solver.jit import jit
+from autopar_solver.kernels import Graph, Memory, across, add_row, pair_cost
 from autopar_solver.problem import IntArray
 
 

@@ -14,10 +14,11 @@ from dataclasses import replace
 import numpy as np
 
 from autopar_solver.compact import Compact, FloatArray
-from autopar_solver.milp import Exact
 from autopar_solver.problem import IntArray
+from autopar_solver.represolve import solve_presolved
 
-SMALLEST, LARGEST = 4.0, 400.0
+SMALLEST, LARGEST = 4.0, 4000.0
+SPREAD = 6.0
 CHOICES_KEPT = (6, 10, 16, 30)
 
 
@@ -151,11 +152,6 @@ def rivals(c: Compact, rng: np.random.Generator, size: int, used: FloatArray) ->
     return np.unique(np.array(picked, np.int64))
 
 
-def size_of(c: Compact) -> int:
-    """Returns how many columns the integer program of a problem has, at most."""
-    return len(c.cost) + int((c.ncls * c.ncls[c.rev]).sum()) // 2
-
-
 class SubMilp:
     """Tries neighbourhoods one after another; their size follows how fast HiGHS proves them."""
 
@@ -170,27 +166,21 @@ class SubMilp:
         """Returns a better feasible choice near x (which is feasible), or None; takes at most about
         `seconds`.
         """
-        size = int(min(self.size, self.c.n))
+        size = int(min(self.size * SPREAD ** -self.rng.random(), self.c.n))
         choose = self.rng.random() < 0.5 and self.c.segments > 0
         free = rivals(self.c, self.rng, size, self.c.usage(x)) if choose else patch(self.c, self.rng, size)
         whole = restricted(self.c, free, x)
         keep = likely_choices(whole, x[free], price, int(self.rng.choice(CHOICES_KEPT)))
         part = thinned(whole, keep)
-        if size_of(part) > self.most_columns:
-            self.size = max(SMALLEST, self.size * 0.8)
-            return None
-        self.tried += 1
-        exact = Exact(part, seconds, self.seed + self.tried, 1e-6)
-        if stop is not None:
-            exact.stopped = stop
         old = np.array([np.searchsorted(chosen, x[i]) for chosen, i in zip(keep, free.tolist())], np.int64)
-        outcome = exact.run(old)
-        self.size = float(np.clip(self.size * (1.15 if outcome.optimal else 0.85), SMALLEST, LARGEST))
-        if outcome.x is None or not lower(part, outcome.x, old):
+        self.tried += 1
+        answer = solve_presolved(part, old, seconds, self.seed + self.tried, self.most_columns, stop)
+        self.size = float(np.clip(self.size * (1.15 if answer.optimal else 0.85), SMALLEST, LARGEST))
+        if answer.x is None or not lower(part, answer.x, old):
             return None
         self.improved += 1
         better = x.copy()
-        better[free] = [chosen[s] for chosen, s in zip(keep, outcome.x.tolist())]
+        better[free] = [chosen[s] for chosen, s in zip(keep, answer.x.tolist())]
         return better
 
 

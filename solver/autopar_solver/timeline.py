@@ -3,7 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-from autopar_solver.network import INF, InfeasibleProblem, Item, Network
+from autopar_solver.network import InfeasibleProblem, Item, Network
+from autopar_solver.presolve_kernels import INF
 from autopar_solver.problem import IntArray
 
 
@@ -39,38 +40,58 @@ def compress_time(net: Network) -> list[int]:
     """
     if net.cap is None:
         return []
-    nodes: list[int] = []
-    old = np.array([len(items) for items in net.items])
-    for i in np.flatnonzero(old).tolist():
-        begin, end, used = profile(net.items[i])
-        net.items[i] = list(zip(begin.tolist(), end.tolist(), used))
-        nodes.extend([i] * len(begin))
-    pieces = [piece for i in np.flatnonzero(old).tolist() for piece in net.items[i]]
+    nodes = [i for i, items in enumerate(net.items) if items]
+    before = [flatten_items(net, i) for i in nodes]
+    pieces = [piece for i in nodes for piece in net.items[i]]
     starts = np.array([s for s, _, _ in pieces], np.int64)
     stops = np.array([e for _, e, _ in pieces], np.int64)
-    least = np.array([u.min() for _, _, u in pieces], np.int64)
-    most = np.array([u.max() for _, _, u in pieces], np.int64) - least
+    first = np.cumsum([0] + [len(u) for _, _, u in pieces])
+    usage = np.concatenate([u for _, _, u in pieces]) if pieces else np.zeros(0, np.int64)
+    least = np.minimum.reduceat(usage, first[:-1]) if pieces else usage
+    usage = usage - np.repeat(least, np.diff(first))
+    most = np.maximum.reduceat(usage, first[:-1]) if pieces else usage
     cap = net.cap - spread(starts, stops, least, len(net.cap))
     if len(cap) and cap.min() < 0:
         raise InfeasibleProblem(f"memory: the least possible usage is {-int(cap.min())} above the limit")
     position, net.cap = binding_segments(starts[most > 0], stops[most > 0], most[most > 0], cap)
-    lows = _range_minima(net.cap)
-    changed: list[int] = []
-    kept: dict[int, list[Item]] = {}
+    starts, stops = position[starts], position[stops]
+    kept = (most > 0) & (stops > starts)
+    low = range_minima(net.cap, starts, stops)
+    owner = np.repeat(np.array(nodes, np.int64), [len(net.items[i]) for i in nodes])
+    for i in nodes:
+        net.items[i] = []
+    at, begin, end, node = first.tolist(), starts.tolist(), stops.tolist(), owner.tolist()
+    for q in np.flatnonzero(kept).tolist():
+        net.items[node[q]].append((begin[q], end[q], usage[at[q] : at[q + 1]]))
+    changed = [i for i, count in zip(nodes, before) if len(net.items[i]) < count]
+    return changed + _drop_too_big(net, owner, kept & (most > low), low, usage, first)
+
+
+def flatten_items(net: Network, i: int) -> int:
+    """Makes a node's usage disjoint pieces; returns how many items it had."""
+    count = len(net.items[i])
+    if count > 1:
+        begin, end, used = profile(net.items[i])
+        net.items[i] = list(zip(begin.tolist(), end.tolist(), used))
+    return count
+
+
+def _drop_too_big(
+    net: Network,
+    owner: IntArray,
+    where: npt.NDArray[np.bool_],
+    low: IntArray,
+    usage: IntArray,
+    first: IntArray,
+) -> list[int]:
+    """Drops the choices that don't fit alone, looking at the pieces `where`; returns the nodes to look at
+    again.
+    """
     fits: dict[int, npt.NDArray[np.bool_]] = {}
-    for q, i in enumerate(nodes):
-        s, e = int(position[starts[q]]), int(position[stops[q]])
-        if most[q] == 0 or e <= s:
-            continue
-        usage = pieces[q][2] - least[q]
-        low = lows(s, e)
-        kept.setdefault(i, []).append((s, e, usage))
-        if most[q] > low:
-            fits[i] = fits.get(i, np.ones(len(usage), np.bool_)) & (usage <= low)
-    for i in np.flatnonzero(old).tolist():
-        net.items[i] = kept.get(i, [])
-        if len(net.items[i]) < old[i]:
-            changed.append(i)
+    for q in np.flatnonzero(where).tolist():
+        i, ok = int(owner[q]), usage[first[q] : first[q + 1]] <= low[q]
+        fits[i] = fits[i] & ok if i in fits else ok
+    changed: list[int] = []
     for i, ok in fits.items():
         net.count("choices too big", int((~ok).sum()))
         net.restrict(i, ok)
@@ -133,16 +154,15 @@ def _covered(first: IntArray, last: IntArray, caps: IntArray) -> npt.NDArray[np.
     return drop | left
 
 
-def _range_minima(values: IntArray):
-    """Returns a function (s, e) -> min(values[s:e]), constant time after n log n work (a sparse table)."""
+def range_minima(values: IntArray, starts: IntArray, stops: IntArray) -> IntArray:
+    """Returns min(values[s:e]) for every pair, INF where it is empty; constant time each (a sparse table)."""
     table = [values]
     while 2 ** len(table) <= len(values):
         half, prev = 2 ** (len(table) - 1), table[-1]
         table.append(np.minimum(prev[:-half], prev[half:]))
-
-    def minimum(s: int, e: int) -> int:
-        level = (e - s).bit_length() - 1
-        row = table[level]
-        return int(min(row[s], row[e - 2**level])) if e > s else INF
-
-    return minimum
+    out = np.full(len(starts), INF, np.int64)
+    length = stops - starts
+    for level, row in enumerate(table):
+        here = (length >= 2**level) & (length < 2 ** (level + 1))
+        out[here] = np.minimum(row[starts[here]], row[stops[here] - 2**level])
+    return out
