@@ -108,19 +108,18 @@ def serve(model: str | None, host: str, port: int, access_log: bool, **options: 
         from autopar.serve.http.server import bind, run
     except ImportError as error:
         raise BadInput(f"{NEEDS} ({error.name} is missing)") from None
-    listener = bind(host, port)  # first: a port in use is cheap to find out
-    started = time.monotonic()
-    with _spinner("loading") as say:
-        settings = _service_options(options)
-        loaded = _load(model, say, **options)
-    try:
-        app = create_app(loaded, settings)
-        took = time.monotonic() - started
-        run(app, listener, lambda: _greet(app, listener, took), "info" if access_log else "warning")
-        click.echo("stopped", err=True)
-    finally:
-        listener.close()
-        loaded.close()
+    settings = _service_options(options)
+    with bind(host, port) as listener:  # before loading: a port in use is cheap to find out
+        started = time.monotonic()
+        with _spinner("loading") as say:
+            loaded = _load(model, say, **options)
+        try:
+            app = create_app(loaded, settings)
+            took = time.monotonic() - started
+            run(app, listener, lambda: _greet(app, listener, took), "info" if access_log else "warning")
+            click.echo("stopped", err=True)
+        finally:
+            loaded.close()
 
 
 def _service_options(options: dict[str, Any]) -> Options:
