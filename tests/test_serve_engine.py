@@ -171,6 +171,18 @@ def test_bad_requests_are_named(engine):
     assert len(tokens(open_end)) == 4
 
 
+def test_requests_submitted_together_share_their_first_step_or_are_all_refused(engine):
+    together = [Request((n, n, n), GREEDY) for n in range(3)]
+    streams = engine.submit_all(together)
+    assert [tokens(stream) for stream in streams] == [greedy_answer(r.prompt, 8) for r in together]
+    assert [rows for rows, new, _ in engine.runner.steps if new > 1] == [4]
+    with pytest.raises(BadParameter):
+        engine.submit_all([Request((1,), GREEDY), Request((), GREEDY)])
+    with pytest.raises(QueueFull):
+        engine.submit_all([Request((n,), GREEDY) for n in range(4)])
+    assert engine.metrics().requests == 3 and engine.metrics().rejected == 4
+
+
 def test_an_id_is_used_once_at_a_time(engine):
     hold(engine)
     first = engine.submit(Request((1,), GREEDY, id="mine"))

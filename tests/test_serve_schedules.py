@@ -250,6 +250,15 @@ def test_a_pipelines_stages_are_kept_busy():
     assert max(decode) == 2, "a third of the rows each"
 
 
+def test_prompts_are_cut_where_padding_would_be_more_than_half():
+    bench = Bench(FakeRunner(blocks=200, new_buckets=(1, 4, 32)))
+    bench.submit(Request(tuple(range(10)), Sampling(max_tokens=1, temperature=0)))
+    bench.submit(Request(tuple(range(10, 30)), Sampling(max_tokens=1, temperature=0)))
+    bench.finish()
+    first, *_, last = [(rows, new) for rows, new, _ in bench.runner.steps if new > 1]
+    assert first == (1, 4) and last == (1, 32)
+
+
 def test_prefill_and_decode_steps_take_turns():
     bench = Bench(FakeRunner(blocks=200, new_buckets=(1, 4)))
     bench.submit(Request((1, 2), Sampling(max_tokens=20, temperature=0, ignore_eos=True)))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from autopar.serve.batch import Runner
@@ -102,21 +103,28 @@ class Engine:
             BadParameter: a field out of range, or a prompt that leaves no room. QueueFull: too much waits.
             Unavailable: the engine drains, is closed or has failed.
         """
-        stream = Stream(request, lambda: self.cancel(request.id))
-        job = self._core.job(request, stream, 0)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Iterable[Request]) -> list[Stream]:
+        """Returns the streams of several requests that are taken together, or not at all.
+
+        They may share their first step, which requests submitted one by one rarely do. Errors as of `submit`.
+        """
+        jobs: list[Job] = []
+        for request in requests:
+            stream = Stream(request, functools.partial(self.cancel, request.id))
+            jobs.append(self._core.job(request, stream, 0))
         with self._lock:
-            self._refuse()
-            self._refuse_if_full(job)
-            if request.id in self._jobs:
-                raise BadParameter("id", f"{request.id!r} is of a request under way; give each its own")
-            self._arrivals += 1
-            job.order = self._arrivals
-            self._jobs[request.id] = job
-            self._inbox.append(job)
-            self._inbox_tokens += job.tokens
-            self._meter.requests += 1
+            self._refuse(jobs)
+            for job in jobs:
+                self._arrivals += 1
+                job.order = self._arrivals
+                self._jobs[job.request.id] = job
+                self._inbox.append(job)
+                self._inbox_tokens += job.tokens
+                self._meter.requests += 1
             self._lock.notify_all()
-        return stream
+        return [job.stream for job in jobs]
 
     def cancel(self, id: str) -> None:
         """Ends a request; nothing happens if it is unknown or has ended."""
@@ -191,19 +199,24 @@ class Engine:
 
     # --- taking requests
 
-    def _refuse(self) -> None:
+    def _refuse(self, jobs: list[Job]) -> None:
+        """Raises unless all jobs can be taken together."""
         if self._state not in ("ready", "restarting"):
             reason = f": {self._error}" if self._state == "failed" else ""
             raise Unavailable(f"the engine takes no requests, it is {self._state}{reason}")
-
-    def _refuse_if_full(self, job: Job) -> None:
+        ids = [job.request.id for job in jobs]
+        for at, id in enumerate(ids):
+            if id in self._jobs or id in ids[:at]:
+                raise BadParameter("id", f"{id!r} is of a request under way; give each its own")
         scheduler, most = self._core.scheduler, self._options.queue_tokens
-        waiting = len(self._inbox) + scheduler.queued
-        tokens = self._inbox_tokens + scheduler.queued_tokens + job.tokens
-        if waiting and (waiting >= self._options.queue_requests or (most is not None and tokens > most)):
-            self._meter.rejected += 1
+        before = len(self._inbox) + scheduler.queued
+        waiting = before + len(jobs)
+        tokens = self._inbox_tokens + scheduler.queued_tokens + sum(job.tokens for job in jobs)
+        full = waiting > self._options.queue_requests or (most is not None and tokens > most)
+        if full and waiting > 1:
+            self._meter.rejected += len(jobs)
             after = min(60.0, max(1.0, self._meter.recent_wait))  # what others waited of late
-            raise QueueFull(f"the queue is full: {waiting} requests are waiting", after)
+            raise QueueFull(f"the queue is full: {before} requests are waiting", after)
 
     # --- the loop
 

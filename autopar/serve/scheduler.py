@@ -260,10 +260,10 @@ class Scheduler:
             size = self._chunk(sequence)
             if size == 0:
                 continue
-            wanted = max(new, bucket(self._shapes.new, min(size, self._shapes.new[-1])))
+            wanted = max(new, self._fitting_chunk(size))
             fitting = min(wanted, self._longest_chunk(len(chosen) + 1))
-            if fitting < max(new, 1):  # one row more would shorten the others' chunks
-                break
+            if fitting < max(new, 1) or (chosen and 2 * fitting < wanted):
+                break  # one row more would shorten the others' chunks, or have too short a one itself
             new = fitting
             chosen.append((sequence, size))
             if len(chosen) == self._shapes.rows[-1]:
@@ -271,6 +271,13 @@ class Scheduler:
         if not chosen:
             return None
         return self._make([(sequence, min(size, new)) for sequence, size in chosen], [], new)
+
+    def _fitting_chunk(self, size: int) -> int:
+        """The bucket for so many tokens: in one piece, unless more than half of it would be padding."""
+        sizes = self._shapes.new
+        up = bucket(sizes, min(size, sizes[-1]))
+        lower = [each for each in sizes if each <= size]
+        return lower[-1] if lower and up > 2 * size else up
 
     def _longest_chunk(self, rows: int) -> int:
         """New tokens per row that so many rows may have; 0 if the budget allows none."""
