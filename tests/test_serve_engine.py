@@ -118,8 +118,9 @@ def test_a_stop_string_ends_the_answer_before_itself(engine):
 
 
 def test_cancelling_frees_the_blocks_and_ends_the_stream(engine):
-    engine.runner.delay = 0.005
-    streams = [engine.submit(Request((n,), Sampling(max_tokens=60, n=2))) for n in range(2)]
+    engine.runner.delay = 0.03
+    sampling = Sampling(max_tokens=60, n=2, ignore_eos=True)
+    streams = [engine.submit(Request((n,), sampling)) for n in range(2)]
     next(iter(streams[0]))
     streams[0].cancel()
     ended = [piece.finish for piece in streams[0] if piece.finish]
@@ -194,7 +195,7 @@ def test_an_id_is_used_once_at_a_time(engine):
 
 @pytest.mark.parametrize("where", ["fail_run", "fail_wait"])
 def test_a_failure_ends_what_was_under_way_and_the_rest_goes_on_after_a_restart(where):
-    broken, spare = FakeRunner(row_buckets=(1,), groups=1, delay=0.002), FakeRunner()
+    broken, spare = FakeRunner(row_buckets=(1,), groups=1, delay=0.02), FakeRunner()
     seen = []
 
     def restart():
@@ -222,7 +223,7 @@ def test_a_failure_that_cannot_be_mended_ends_everything():
         raise OSError("no GPU left")
 
     for way in (None, restart):
-        runner = FakeRunner(delay=0.002)
+        runner = FakeRunner(delay=0.02)
         with Engine(runner, restart=way) as engine:
             streams = [engine.submit(Request((n,), Sampling(max_tokens=60, n=2))) for n in range(20)]
             runner.fail_wait = "broken"
@@ -254,7 +255,7 @@ def test_logits_that_are_not_numbers_end_the_request_only():
 
 
 def test_draining_finishes_what_was_taken_and_refuses_more(engine):
-    engine.runner.delay = 0.003
+    engine.runner.delay = 0.01
     stream = engine.submit(Request((1,), GREEDY))
     assert not engine.drain(0.001)
     with pytest.raises(Unavailable, match="draining"):
@@ -264,7 +265,7 @@ def test_draining_finishes_what_was_taken_and_refuses_more(engine):
 
 
 def test_closing_ends_what_runs_with_an_error():
-    runner = FakeRunner(delay=0.005)
+    runner = FakeRunner(delay=0.02)
     engine = Engine(runner)
     stream = engine.submit(Request((1,), Sampling(max_tokens=60)))
     waiting = iter(stream)
