@@ -200,3 +200,18 @@ def test_bench_prints_a_table(tmp_path):
     assert got.exit_code == 0 and "TINY" in got.output and "optimal" in got.output
     assert "no instance Q" in CliRunner().invoke(bench_command, [str(tmp_path), "--only", "Q"]).output
     assert instance_name(tmp_path / "contest-2025-K.json.gz") == "K"
+
+
+def test_bench_keeps_finished_runs_and_does_not_repeat_them(tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps(CONTEST))
+    kept = tmp_path / "kept.runs"
+    arguments = [str(tmp_path), "--only", "TINY", "--keep", str(kept)]
+    assert CliRunner().invoke(bench_command, arguments).exit_code == 0
+    records = json.loads(kept.read_text())
+    assert len(records) == 1 and records[0]["status"] == "optimal" and records[0]["peak_bytes"] > 2**20
+    records[0]["objective"] = 424242
+    kept.write_text(json.dumps(records))
+    assert "424242" in CliRunner().invoke(bench_command, arguments).output
+    assert "424242" not in CliRunner().invoke(bench_command, [*arguments, "--scale", "0.5"]).output
+    kept.write_text("{")
+    assert "doesn't hold finished runs" in CliRunner().invoke(bench_command, arguments).output

@@ -22,6 +22,7 @@ class Choice:
         gap: (objective - bound) / |objective|; inf without an objective or a bound.
         status: optimal (proven), feasible, infeasible (proven), or unknown (nothing found in time).
         seconds: wall-clock time taken.
+        presolve_seconds: the part of it that presolve took.
         log: one line per thing worth telling, in order; the last says why there is no choice if there is
             none.
     """
@@ -33,6 +34,7 @@ class Choice:
     status: Status
     seconds: float
     log: tuple[str, ...]
+    presolve_seconds: float = 0.0
 
     def to_json(self) -> str:
         """Returns the JSON written by the command line: choice, objective, bound, gap, status, seconds."""

@@ -26,6 +26,7 @@ class Run:
     objective: int | None = None
     bound: int | None = None
     proven: bool = False
+    presolve_seconds: float = 0.0
     lines: list[str] = field(default_factory=list[str])
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -97,7 +98,16 @@ class Run:
         if self.objective is None:
             self.note(f"no feasible choice was found in {self.elapsed():.1f} s; give it more time")
         gap = relative_gap(self.objective, bound)
-        return Choice(self.index, self.objective, bound, gap, status, self.elapsed(), tuple(self.lines))
+        return Choice(
+            self.index,
+            self.objective,
+            bound,
+            gap,
+            status,
+            self.elapsed(),
+            tuple(self.lines),
+            self.presolve_seconds,
+        )
 
     def infeasible(self, why: str) -> Choice:
         """Returns the outcome for a problem proven to have no feasible choice."""

@@ -60,6 +60,7 @@ def solve(
 def _solve(run: Run) -> None:
     run.report("presolve")
     reduced = compact(presolve(run.problem))
+    run.presolve_seconds = run.elapsed()
     run.note(summary(run, reduced))
     if reduced.n == 0:
         run.offer(reduced.restore(reduced.nodes))
