@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autopar.api.cluster import Cluster as Cluster
     from autopar.api.methods import Auto as Auto
+    from autopar.api.methods import CreateState as CreateState
     from autopar.api.methods import DataParallel as DataParallel
+    from autopar.api.methods import Follow as Follow
     from autopar.api.methods import Manual as Manual
     from autopar.api.methods import Pipeline as Pipeline
     from autopar.api.methods import ShardParallel as ShardParallel
@@ -36,7 +38,9 @@ _WHERE = {
     "Auto": "api.methods",
     "AutoparError": "core.errors",
     "Cluster": "api.cluster",
+    "CreateState": "api.methods",
     "DataParallel": "api.methods",
+    "Follow": "api.methods",
     "InProcess": "runtime.inprocess",
     "Manual": "api.methods",
     "Pipeline": "api.methods",

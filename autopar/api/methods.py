@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from autopar.core.errors import BadInput
 
 if TYPE_CHECKING:
+    from autopar.api.parallelize import Parallelized
     from autopar.core.plan import Plan
 
 
@@ -84,9 +88,88 @@ class Zero3(ShardParallel):
 
 @dataclass(frozen=True)
 class Manual:
-    """A plan made earlier, maybe edited: `Manual(Plan.load("plan.json"))`."""
+    """A plan made earlier, maybe edited (`Manual(Plan.load("plan.json"))`), or layouts of some tensors.
 
-    plan: Plan
+    `Manual(specs={"params/*/up/kernel": P(None, "model")}, mesh={"data": 2, "model": 4})` keeps these tensors
+    as said, on one stage; everything else is planned around them.
+
+    Attributes:
+        plan: the whole plan.
+        specs: path of an argument, or name of an intermediate (`jax.ad_checkpoint.checkpoint_name`), → its
+            PartitionSpec. `*` stands for any one part of a path, a path may leave out its beginning, and it
+            may mean several tensors. State keeps its layout from step to step.
+        mesh: shape of the logical mesh, or axis name → size; None tries the shapes that the devices allow.
+        micro_batches, remat: as in ShardParallel.
+    """
+
+    plan: Plan | None = None
+    specs: Mapping[str, Any] | None = None
+    mesh: tuple[int, ...] | Mapping[str, int] | None = None
+    micro_batches: int = 1
+    remat: bool = False
+    where: str = field(default="", init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "where", user_line())
+        if (self.plan is None) == (self.specs is None):
+            raise BadInput("Manual takes a plan, or specs=… (path → PartitionSpec), and not both")
+        if self.specs is not None and not isinstance(self.specs, Mapping):
+            raise BadInput(f"specs must be a dict of path → PartitionSpec, got {type(self.specs).__name__}")
+        _at_least_one("micro_batches", self.micro_batches)
+        for size in self.mesh.values() if isinstance(self.mesh, Mapping) else self.mesh or ():
+            _at_least_one("a mesh axis", size)
 
 
-Method: TypeAlias = Auto | ShardParallel | Manual
+@dataclass(frozen=True)
+class Follow:
+    """The placements of another step, planned before: an evaluation step follows its train step.
+
+    Arguments that the other step has too (by the end of their path, and shape) lie as they do there, so that
+    nothing is moved between the two; everything else is planned around them.
+
+    Attributes:
+        step: what `parallelize` returned for the other step.
+    """
+
+    step: Parallelized
+
+    def __post_init__(self) -> None:
+        _parallelized(self.step, "Follow")
+
+
+@dataclass(frozen=True)
+class CreateState:
+    """Makes the state of another step, planned before, directly as that step keeps it.
+
+    For a function such as `init(key) -> state`: every device computes its own part of each array, and none
+    ever holds the state whole.
+
+    Attributes:
+        step: what `parallelize` returned for the step that takes the state.
+    """
+
+    step: Parallelized
+
+    def __post_init__(self) -> None:
+        _parallelized(self.step, "CreateState")
+
+
+def _parallelized(step: object, method: str) -> None:
+    if not hasattr(step, "made"):
+        raise BadInput(f"{method} takes what autopar.parallelize returned, got {type(step).__name__}")
+
+
+def user_line() -> str:
+    """Returns "file.py:41" of the nearest caller outside of this package, "" if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_PACKAGE) and not file.startswith("<"):
+            return f"{os.path.basename(file)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+Method: TypeAlias = Auto | ShardParallel | Manual | Follow | CreateState

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from autopar import cluster as room
 from autopar.api.cluster import Cluster
-from autopar.api.methods import Auto, Manual, Method
+from autopar.api.methods import Auto, CreateState, Follow, Manual, Method
 from autopar.api.plan import Plan
 from autopar.api.planning import Made, Say, make
 from autopar.api.tracing import Tracer
@@ -73,8 +73,8 @@ def parallelize(
     }
     if not isinstance(options["method"], Method):
         raise BadInput(
-            "method must be an Auto, Pipeline, ShardParallel, DataParallel, Zero2, Zero3 or Manual, got "
-            f"{method!r}"
+            "method must be an Auto, Pipeline, ShardParallel, DataParallel, Zero2, Zero3, Manual, Follow or "
+            f"CreateState, got {method!r}"
         )
     if function is None:
         return lambda f: Parallelized(f, **options)
@@ -161,8 +161,14 @@ class Parallelized:
 
     def _cluster(self) -> room.Cluster:
         if self.cluster is None:
-            self.cluster = Cluster.local()
+            other = self.method.step if isinstance(self.method, Follow | CreateState) else None
+            self.cluster = Cluster.local() if other is None else other._cluster()
         return self.cluster
+
+    @property
+    def made(self) -> Made | None:
+        """The plan that was made last, with its trace; None before there is one."""
+        return next(reversed(self._made.values()), None)
 
     def _executable(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
         if key not in self._running:

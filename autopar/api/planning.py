@@ -9,7 +9,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from autopar import stages
-from autopar.api.methods import Auto, DataParallel, Manual, Method, Pipeline, ShardParallel, Zero2, Zero3
+from autopar.api import following, specs
+from autopar.api.methods import (
+    Auto,
+    CreateState,
+    DataParallel,
+    Follow,
+    Manual,
+    Method,
+    Pipeline,
+    ShardParallel,
+    Zero2,
+    Zero3,
+)
 from autopar.api.tracing import Tracer
 from autopar.cluster import Cluster, MeshChoice, shaped, submeshes
 from autopar.core import plan as nouns
@@ -46,8 +58,6 @@ WORTHWHILE = 0.05
 PATIENCE = 25.0
 """Seconds after which no further number of micro-batches is tried."""
 
-Pins = Callable[[Graph, Mesh], tuple[tuple[int, Spec], ...]]
-
 
 @dataclass(frozen=True)
 class Made:
@@ -65,9 +75,9 @@ def make(tracer: Tracer, cluster: Cluster, method: Method, say: Say) -> Made:
         DoesNotFit: no plan keeps every device within its memory. BadInput, StalePlan: see the methods.
     """
     match method:
-        case Manual(plan=plan):
+        case Manual(plan=nouns.Plan() as plan):
             return _manual(tracer, cluster, plan)
-        case ShardParallel():
+        case ShardParallel() | Manual() | Follow() | CreateState():
             return _one_stage(tracer, cluster, method, say)
         case Auto():
             return _auto(tracer, cluster, method, say)
@@ -93,27 +103,32 @@ def _manual(tracer: Tracer, cluster: Cluster, plan: nouns.Plan) -> Made:
 # -------------------------------------------------------------------------------------------------
 
 
-def _one_stage(tracer: Tracer, cluster: Cluster, method: ShardParallel, say: Say) -> Made:
+OneStage = ShardParallel | Manual | Follow | CreateState
+
+
+def _one_stage(tracer: Tracer, cluster: Cluster, method: OneStage, say: Say) -> Made:
     if len(cluster.kinds) > 1:
         raise BadInput(
             f"{type(method).__name__} shards over devices of one kind, but the cluster has "
             f"{', '.join(cluster.kinds)}; use autopar.Auto(), which gives each kind stages of its own"
         )
     say("tracing")
-    tracer.layer_scans = method.remat  # whole they are planned once for all layers; only remat needs layers
-    traced = tracer(method.micro_batches, method.remat)
+    remat = not isinstance(method, Follow | CreateState) and method.remat
+    micro = 1 if isinstance(method, Follow | CreateState) else method.micro_batches
+    tracer.layer_scans = remat  # whole they are planned once for all layers; only remat needs layers
+    traced = tracer(micro, remat)
     best: nouns.Plan | None = None
-    refused: DoesNotFit | None = None
-    for choice in _whole(cluster, method.mesh):
+    refused: DoesNotFit | BadInput | None = None
+    for choice in _meshes(cluster, method):
         say(f"sharding over {choice.mesh}")
-        fixed = _pins(method)(traced.graph, choice.mesh)
         options = stages.Options(stages=1, choices=(choice,), model=traced.fingerprint)
         try:
+            fixed = _fixed(method, traced, choice.mesh)
             found = stages.plan(traced.graph, cluster, _unpriced, _exact(traced.graph, fixed), options)
-        except DoesNotFit as error:
+        except (DoesNotFit, BadInput) as error:
             refused = error
             continue
-        found = _timed(found, cluster, method.remat, tracer.layer_scans)
+        found = _timed(found, cluster, remat, tracer.layer_scans)
         if best is None or found.step_time < best.step_time:
             best = found
     if best is None:
@@ -122,22 +137,37 @@ def _one_stage(tracer: Tracer, cluster: Cluster, method: ShardParallel, say: Say
     return Made(best, traced)
 
 
-def _whole(cluster: Cluster, mesh: tuple[int, ...] | None) -> tuple[MeshChoice, ...]:
-    if mesh is not None:
-        return (shaped(cluster, mesh),)
-    return tuple(c for c in submeshes(cluster) if c.devices == cluster.size)
+def _meshes(cluster: Cluster, method: OneStage) -> tuple[MeshChoice, ...]:
+    if isinstance(method, Follow | CreateState):
+        sharding = following.sharding_of(method.step.made, type(method).__name__)
+        return (following.mesh_of(sharding, cluster),)
+    mesh = method.mesh
+    if mesh is None:
+        return tuple(c for c in submeshes(cluster) if c.devices == cluster.size)
+    choice = shaped(cluster, tuple(mesh.values()) if isinstance(mesh, Mapping) else mesh)
+    if isinstance(mesh, Mapping):
+        axes = tuple(replace(a, name=name) for a, name in zip(choice.mesh.axes, mesh, strict=True))
+        choice = replace(choice, mesh=replace(choice.mesh, axes=axes))
+    return (choice,)
 
 
-def _pins(method: ShardParallel) -> Pins:
+def _fixed(method: OneStage, traced: Traced, mesh: Mesh) -> tuple[tuple[int, Spec], ...]:
+    """The layouts that the method prescribes."""
     match method:
         case DataParallel():
-            return pins.data_parallel
+            return pins.data_parallel(traced.graph, mesh)
         case Zero2():
-            return pins.zero2
+            return pins.zero2(traced.graph, mesh)
         case Zero3():
-            return pins.zero3
+            return pins.zero3(traced.graph, mesh)
+        case Manual(specs=wanted):
+            return specs.pinned(traced, mesh, wanted or {}, method.where)
+        case Follow(step=step) | CreateState(step=step):
+            assert step.made is not None, "checked when its mesh was asked for"
+            take = following.arguments if isinstance(method, Follow) else following.results
+            return take(traced, step.made, step.made.plan.stages[0].sharding)
         case _:
-            return lambda graph, mesh: ()
+            return ()
 
 
 def _unpriced(layer: int, mesh: Mesh) -> tuple[Offer, ...]:

@@ -261,15 +261,15 @@ def find(graph: Graph, name: str) -> int:
     Raises:
         BadInput: none, or several.
     """
-    wanted = _tokens(name)
-    every = {v: _tokens(value.name) for v, value in enumerate(graph.values) if value.name}
-    exact = [v for v, tokens in every.items() if tokens == wanted]
-    found = exact or [v for v, tokens in every.items() if wanted and tokens[-len(wanted) :] == wanted]
+    wanted = tokens(name)
+    every = {v: tokens(value.name) for v, value in enumerate(graph.values) if value.name}
+    exact = [v for v, path in every.items() if path == wanted]
+    found = exact or [v for v, path in every.items() if wanted and path[-len(wanted) :] == wanted]
     state = [v for v in found if v in graph.inputs]
     found = state or found
     if len(found) == 1:
         return found[0]
-    names = ["/".join(tokens) for tokens in every.values()]
+    names = ["/".join(path) for path in every.values()]
     if found:
         some = ", ".join("/".join(every[v]) for v in found[:4])
         raise BadInput(f"{name!r} may be any of {len(found)} tensors: {some}; give more of the path")
@@ -277,8 +277,8 @@ def find(graph: Graph, name: str) -> int:
     raise BadInput(f"no tensor is called {name!r}; did you mean {' or '.join(close or names[:3])}?")
 
 
-def _tokens(name: str) -> tuple[str, ...]:
-    """The parts of a tree path, however it is spelled."""
+def tokens(name: str) -> tuple[str, ...]:
+    """Returns the parts of a tree path, however it is spelled: a.b['c'][0] or a/b/c/0."""
     for mark in ("['", "']", '["', '"]', "[", "]", "."):
         name = name.replace(mark, "/")
     return tuple(part for part in name.split("/") if part)

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from autopar.core.errors import BadInput, DoesNotFit, PlanError
 from autopar.core.graph import Graph, Phase, Value
 from autopar.core.mesh import Mesh
@@ -231,6 +233,7 @@ def canonical(options: Options, region: Region) -> Options:
 
 def _pin(model: Model, region: Region, grid: Grid, options: Options) -> None:
     """Forbids every choice that contradicts a pinned layout."""
+    first: dict[int, tuple[int, Spec]] = {}  # node → who pinned it before
     for v, spec in options.pinned:
         home = model.homes.get(((), v))
         if home is None:
@@ -238,12 +241,28 @@ def _pin(model: Model, region: Region, grid: Grid, options: Options) -> None:
         layout = grid.layout(spec)
         wrong = [x != layout for x in home.layouts]
         if all(wrong):
-            value = region.values[v]
             raise PlanError(
-                f"{value.name or 'a value'} {value} cannot be kept as {text(spec)}: an axis does not "
+                f"{_called(region, v)} cannot be kept as {text(spec)}: an axis does not "
                 "divide its dim, or the operation that makes it cannot give it; choose axes that divide"
             )
-        model.nodes[home.node].cost[wrong] = math.inf
+        cost = model.nodes[home.node].cost
+        cost[wrong] = math.inf
+        if np.isinf(cost).all():
+            other, kept = first[home.node]
+            raise PlanError(
+                f"{_called(region, other)} as {text(kept)} and {_called(region, v)} as {text(spec)} "
+                "contradict each other: one operation decides both; leave one of them out"
+            )
+        first.setdefault(home.node, (v, spec))
+
+
+def _called(region: Region, v: int) -> str:
+    """A value in words: its name, or what makes it and where."""
+    if region.values[v].name:
+        return f"{region.values[v].name} {region.values[v]}"
+    maker = next((e for e in region.equations if v in e.outputs), None)
+    where = f" at {maker.source}" if maker is not None and maker.source else ""
+    return f"{region.values[v]}" + ("" if maker is None else f" of {maker.op}{where}")
 
 
 def _solve(setting: Setting, price: float | None = None, limited: bool = True) -> ShardingPlan:
