@@ -65,6 +65,19 @@ class Size(click.ParamType):
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="of weights and KV cache"
 )
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    help="tokens of the longest sequence, prompt and answer together",
+)
+@click.option(
+    "--cache-tokens",
+    type=click.IntRange(min=1),
+    help="tokens that the KV cache holds; the default fills memory",
+)
+@click.option(
+    "--stages", type=click.IntRange(min=1), help="exactly so many pipeline stages; the default chooses"
+)
 @click.option("--chat-template", type=click.Path(exists=True, dir_okay=False), help="a Jinja file for chats")
 @click.option(
     "--served-as", multiple=True, metavar="NAME", help="a further name of the model; may be repeated"
@@ -159,6 +172,9 @@ def _load(model: str | None, say: Callable[[str], None], **options: Any) -> Any:
         backend=_backend(options),
         dtype=options["dtype"],
         weights=options["weights"],
+        max_length=options["max_length"],
+        tokens=options["cache_tokens"],
+        stages=options["stages"],
         chat_template=Path(template).read_text(encoding="utf-8") if template else None,
         options=EngineOptions(
             queue_requests=options["max_waiting"],

@@ -101,22 +101,18 @@ class Service:
         if self.draining:
             self.metrics.rejected("draining")
             raise unavailable("the server is shutting down", "shutting_down")
-        batch = Batch(self)
-        self.active.add(batch)
         try:
-            for prompt in prompts:
-                batch.streams.append(self.engine.submit(Request(prompt, sampling, key)))
+            streams = self.engine.submit_all(Request(prompt, sampling, key) for prompt in prompts)
         except BadParameter as error:
-            batch.close()
             raise bad(str(error), error.parameter) from None
         except QueueFull as error:
-            batch.close()
             self.metrics.rejected("queue_full")
             raise busy(str(error), max(1, math.ceil(error.retry_after))) from None
         except Unavailable as error:
-            batch.close()
             self.metrics.rejected("unavailable")
             raise unavailable(str(error)) from None
+        batch = Batch(self, streams)
+        self.active.add(batch)
         return batch
 
     def stop(self) -> None:
@@ -133,8 +129,8 @@ class Batch:
         streams: one for each prompt.
     """
 
-    def __init__(self, service: Service):
-        self.streams: list[Stream] = []
+    def __init__(self, service: Service, streams: list[Stream]):
+        self.streams = streams
         self._metrics, self._active = service.metrics, service.active
         self._made, self._prompts, self._cached = (
             dict[tuple[int, int], int](),
