@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -102,12 +102,17 @@ class Foreseen:
         return self.logits
 
 
-def told(story: Story | None = None, template: str | None = TEMPLATE, **options: Any) -> Any:
-    """Returns a model to serve, as `autopar.serve.load` would; options are the engine's."""
+def told(
+    story: Story | None = None,
+    template: str | None = TEMPLATE,
+    restart: Callable[[], Story] | None = None,
+    **options: Any,
+) -> Any:
+    """Returns a model to serve, as `autopar.serve.load` would; restart and options are the engine's."""
     story = story or Story()
     return SimpleNamespace(
         name="story",
-        engine=Engine(story, story.tokenizer, EngineOptions(eos=(EOS,), **options)),
+        engine=Engine(story, story.tokenizer, EngineOptions(eos=(EOS,), **options), restart),
         tokenizer=story.tokenizer,
         chat_template=template,
         special_tokens={"eos_token": "<eos>"},

@@ -227,6 +227,24 @@ def test_a_failing_engine_says_so(caplog: pytest.LogCaptureFixture):
         assert "the card fell out" in health.json()["last_error"]
 
 
+def test_an_engine_that_recovers_says_so_too(caplog: pytest.LogCaptureFixture):
+    story = Story()
+
+    def again() -> Story:
+        story.fault = None
+        return story
+
+    with serving(told(story, restart=again)) as url:
+        ask: dict[str, Any] = {"prompt": "Hey", "max_tokens": 5}
+        story.fault = RuntimeError("the card fell out")
+        got = httpx.post(f"{url}/v1/completions", json=ask)
+        assert got.status_code == 503 and "the card fell out" in got.json()["error"]["message"]
+        until(lambda: httpx.get(f"{url}/health").json()["status"] == "ok")
+        health = httpx.get(f"{url}/health").json()
+        assert health["restarts"] == 1 and "the card fell out" in health["last_error"]
+        assert httpx.post(f"{url}/v1/completions", json=ask).status_code == 200
+
+
 # --- the process
 
 
