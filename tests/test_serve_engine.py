@@ -172,6 +172,15 @@ def test_bad_requests_are_named(engine):
     assert len(tokens(open_end)) == 4
 
 
+def test_stop_strings_need_a_tokenizer():
+    with Engine(FakeRunner()) as engine:
+        with pytest.raises(BadParameter, match="stop needs text"):
+            engine.submit(Request((1,), Sampling(stop=("a",))))
+        pieces = list(engine.submit(Request((1,), GREEDY)))
+        assert [t for p in pieces for t in p.token_ids] == greedy_answer((1,), 8)
+        assert not any(piece.text for piece in pieces)
+
+
 def test_requests_submitted_together_share_their_first_step_or_are_all_refused(engine):
     together = [Request((n, n, n), GREEDY) for n in range(3)]
     streams = engine.submit_all(together)

@@ -85,7 +85,7 @@ def small_runner(rng: random.Random) -> FakeRunner:
     size = rng.choice([1, 4, 8])
     return FakeRunner(
         block_size=size,
-        blocks=1 + rng.randint(150 // size, 260 // size),
+        blocks=1 + rng.randint(150 // size, 190 // size),
         max_length=48,
         groups=rng.choice([1, 1, 2, 3]),
         row_buckets=rng.choice([(4,), (1, 2, 4, 8)]),
@@ -181,6 +181,18 @@ def test_the_second_of_two_equal_prompts_computes_one_token():
         bench.finish()
         assert {piece.cached_tokens for piece in stream} == {cached}
     assert [new for _, new, _ in bench.runner.steps] == [1, 1]
+
+
+def test_equal_prompts_that_come_together_are_computed_once():
+    bench = Bench(FakeRunner(blocks=200))
+    prompt, other = tuple(range(33)), (1, 2, 3, 4)
+    asked = [prompt, prompt, other, (*prompt[:30], 1, 2, 3), (*prompt[:4], 9, 9, 9, 9, 9)]
+    streams = [
+        bench.submit(Request(p, Sampling(max_tokens=2, temperature=0, ignore_eos=True))) for p in asked
+    ]
+    bench.finish()
+    cached = [{piece.cached_tokens for piece in stream} for stream in streams]
+    assert cached == [{0}, {32}, {0}, {28}, {4}]
 
 
 def test_prefixes_are_shared_only_within_a_salt():

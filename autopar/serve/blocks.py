@@ -34,6 +34,7 @@ class BlockManager:
 
     Attributes:
         total: blocks there are for sequences. block_size: tokens in each.
+        shares: whether there is a prefix cache.
         queries, hits: prompt tokens looked up in the prefix cache, and those found.
     """
 
@@ -42,7 +43,7 @@ class BlockManager:
         self.total = blocks - 1
         self.block_size = block_size
         self.queries = self.hits = 0
-        self._share = share
+        self.shares = share
         self._count = blocks
         self.reset()
 
@@ -121,7 +122,7 @@ class BlockManager:
 
     def publish(self, block: int, digest: Digest) -> None:
         """Makes a full block findable, unless one with the same contents already is."""
-        if self._share and digest not in self._known and block not in self._digests:
+        if self.shares and digest not in self._known and block not in self._digests:
             self._known[digest] = block
             self._digests[block] = digest
 

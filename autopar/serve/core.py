@@ -63,6 +63,7 @@ class Core:
         self.longest = min(runner.max_length, min(self.blocks.total, shapes.tables[-1]) * runner.block_size)
         self._results = Results(self.scheduler, self.blocks, tokenizer, self.delivery)
         self._flight: deque[tuple[Step, Logits, float]] = deque()
+        self._tokenizer = tokenizer
         self._options = options
         self._meter = meter
 
@@ -84,6 +85,8 @@ class Core:
             raise BadParameter("prompt", "must have at least one token")
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             raise BadParameter("prompt", f"must have token ids from 0 to {vocabulary - 1}")
+        if sampling.stop and self._tokenizer is None:
+            raise BadParameter("stop", "needs text, but this model has no tokenizer; use stop_token_ids")
         limit = self._limit(request)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         ends = frozenset(sampling.stop_token_ids)

@@ -186,7 +186,7 @@ class Scheduler:
             width = sum(self._width(sequence) for sequence in unit)
             if rows and rows + width > limit:
                 return
-            if not self._fits(unit):
+            if not self._fits(unit) or self._comes_soon(head):
                 return
             if self._again:
                 self._again.pop(0)
@@ -207,6 +207,22 @@ class Scheduler:
             return []  # the logits of the whole prompt are wanted
         size = self._blocks.block_size
         return self._blocks.find(sequence.digest((len(sequence.tokens) - 1) // size, size))
+
+    def _comes_soon(self, sequence: Sequence) -> bool:
+        """Whether most of what a sequence needs is being computed for another, to be shared soon."""
+        if not self._blocks.shares:
+            return False
+        size = self._blocks.block_size
+        found = len(self._prefix(sequence))
+        wanted = sequence.digests[found + 1 :]
+        for other in self.running:
+            if other.remaining <= 1 or other.computed > found * size:
+                continue
+            coming = other.digests[found + 1 :]
+            same = sum(1 for ours, theirs in zip(wanted, coming) if ours == theirs)
+            if 2 * same * size >= len(sequence.tokens) - found * size:
+                return True
+        return False
 
     def _fits(self, unit: Iterable[Sequence]) -> bool:
         """Whether there are blocks for all tokens so far, and one more for each that runs."""
