@@ -55,6 +55,18 @@ def weights(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     return found
 
 
+@dataclass(frozen=True)
+class Weights:
+    """The random parameters as a source that is read by slices, in any process."""
+
+    config: Config
+    seed: int = 0
+
+    def read(self, path: str, index: Any = None, dtype: Any = None) -> np.ndarray:
+        whole = weights(self.config, self.seed)[path]
+        return whole[... if index is None else index].astype(dtype or whole.dtype)
+
+
 def cache_shapes(config: Config, blocks: int, block_size: int, dtype: Any) -> tuple[LayerCache, ...]:
     shape = (blocks, config.heads, block_size, config.hidden // config.heads)
     leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))

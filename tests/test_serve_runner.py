@@ -19,13 +19,6 @@ WEIGHTS = paged.weights(CONFIG)
 BUCKETS = Buckets(rows=(1, 4), new=(16,), blocks=(4,), tokens=16)
 
 
-def reader(path: str):
-    if path.startswith("cache"):
-        return None
-    name = path.removeprefix("params")[2:-2].replace("']['", "/")
-    return WEIGHTS[name].__getitem__
-
-
 def runner_on(text: str, backend=None) -> CompiledRunner:
     """A runner whose stages are the parts of a short cluster text."""
     served = Served(paged, CONFIG, blocks=17, block_size=16, dtype=jnp.float32)
@@ -34,7 +27,7 @@ def runner_on(text: str, backend=None) -> CompiledRunner:
     base = make(served.tracer(first), cluster, method, lambda words: None)
     programs = Programs(served, base, cluster, backend or autopar.InProcess(), lambda words: None)
     programs.adopt(first)
-    programs.place(reader)
+    programs.place(paged.Weights(CONFIG))
     return CompiledRunner(programs, BUCKETS, CONFIG.vocabulary, CONFIG.positions)
 
 

@@ -8,9 +8,10 @@ all of them work on the same arrays.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -26,6 +27,7 @@ from autopar.core.program import Buffer, Program
 from autopar.core.spec import Spec
 from autopar.program import emit, schedule, simulate
 from autopar.runtime.backend import Session
+from autopar.runtime.inprocess import InProcess, constants
 from autopar.runtime.results import homes
 from autopar.sharding import plan as intra
 from autopar.sharding.options import Options as ShardingOptions
@@ -54,6 +56,12 @@ class Family(Protocol):
         tables: Array,
         every: bool = False,
     ) -> tuple[Array, Any]: ...
+
+
+class Source(Protocol):
+    """Where parameters come from (`autopar.io.weights.WeightSource`); it can be pickled."""
+
+    def read(self, path: str, index: Any = None, dtype: Any = None) -> Any: ...
 
 
 class Shape(NamedTuple):
@@ -333,17 +341,20 @@ class Programs:
         self.base.session.compile()
         self._known[key] = self.base
 
-    def place(self, read: Callable[[str], Any]) -> None:
-        """Brings parameters where they are wanted, slice by slice, and empties the cache.
+    def place(self, source: Source) -> None:
+        """Brings parameters where they are wanted, slice by slice, and empties the cache."""
 
-        Args:
-            read: path of a parameter ("Block_0.query.kernel" as in the tree) → what reads a slice of it,
-                or None for zeros.
-        """
+        def reader(path: str) -> Any:
+            if path.startswith("cache"):
+                return None
+            return partial(source.read, "/".join(re.findall(r"\['([^']*)'\]", path)))
+
         names = {Buffer(v): path for path, v in self._state}
         for s, worker in enumerate(self.base.program):
             self._say(f"loading the weights of stage {s}")
-            self.base.session.make(s, {b: read(names[b]) for b in worker.state if b in names})
+            self.base.session.load(s, constants(worker, self.base.made.traced))
+            found = {b: names[b] for b in worker.state if b in names}
+            self.base.session.make(s, {b: reader(path) for b, path in found.items()})
 
     def _derive(self, key: Shape | int) -> Made:
         base = self.base.made
@@ -360,6 +371,13 @@ class Programs:
         """Stops what runs and drops everything held."""
         self.base.session.close()
         self._known.clear()
+
+
+def on_cpu(backend: Any) -> bool:
+    """Returns whether a backend computes on host devices, whatever the cluster is that was planned for."""
+    if isinstance(backend, InProcess):
+        return (backend.devices or tuple(jax.devices()))[0].platform == "cpu"
+    return getattr(backend, "emulate", False) or getattr(backend, "platform", None) == "cpu"
 
 
 def text(key: Shape | int) -> str:

@@ -20,7 +20,7 @@ import jax
 
 from autopar.core.errors import BackendError
 from autopar.core.plan import Plan, Stage
-from autopar.core.program import Buffer, Instruction, Program, Slot
+from autopar.core.program import Buffer, Instruction, Program, Slot, Worker
 from autopar.core.timeline import Event, Timeline
 from autopar.program import check
 from autopar.program.walk import Walk
@@ -31,7 +31,7 @@ from autopar.runtime.interpreter import Interpreter
 from autopar.runtime.layout import JaxDevice
 from autopar.runtime.lower import lower
 from autopar.runtime.pool import Pool
-from autopar.runtime.segments import Compiled, consumed, donations, read_once, slots
+from autopar.runtime.segments import Compiled, consumed, donations, heirs, read_once, slots
 from autopar.runtime.transfer import LocalTransport, own, share
 
 Array = Any
@@ -86,6 +86,10 @@ class InProcessSession:
         for pool, interpreter in zip(self._pools, other.interpreters, strict=True):
             pool.join(interpreter, names)
         other._pools = self._pools
+        for s, worker in enumerate(program):  # another thread may be stepping this one: nothing is taken
+            held = constants(worker, traced)
+            placed = share(list(held.values()), [other.sharding(s, buffer) for buffer in held])
+            other.interpreters[s].load(dict(zip(held, placed)))
         return other
 
     def _take(self) -> None:
@@ -96,9 +100,11 @@ class InProcessSession:
         lowered: dict[str, Compiled] = {}
         for s, worker in enumerate(self.program):
             sharding = self.plan.stages[s].sharding
+            replaced = heirs(worker)
             for name, donated in donations(worker).items():
                 segment = self.program.segment(name)
-                lowered[name] = Compiled(lower(traced, segment, sharding, self.meshes[s]), donated)
+                low = lower(traced, segment, sharding, self.meshes[s])
+                lowered[name] = Compiled(low, donated, replaced[name])
         return lowered
 
     def sharding(self, stage: int, buffer: Buffer) -> jax.sharding.NamedSharding:
@@ -202,7 +208,7 @@ class InProcessSession:
         for stage, feed in enumerate(feeds):
             once, moving = self._read_once[stage], dict[Buffer, Array]()
             for buffer, x in feed.items():
-                local = isinstance(x, jax.Array) and x.sharding == self.sharding(stage, buffer)
+                local = isinstance(x, jax.Array) and _lies(x, self.sharding(stage, buffer))
                 if not local and not (buffer in once and not isinstance(x, jax.Array)):
                     moving[buffer] = x
             if moving:
@@ -220,6 +226,11 @@ class InProcessSession:
         return operations
 
 
+def _lies(x: jax.Array, sharding: jax.sharding.NamedSharding) -> bool:
+    """Whether an array lies as wanted: in the same words, or in others that mean the same."""
+    return x.sharding == sharding or x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
 def dispatch_order(program: Program) -> list[tuple[int, int]]:
     """Returns (stage, position) of every instruction in an order in which no receive comes before its send.
 
@@ -230,6 +241,11 @@ def dispatch_order(program: Program) -> list[tuple[int, int]]:
     """
     check(program)
     return [(step.worker, step.index) for step in Walk(program, seconds=lambda w, i: 1.0).run().steps]
+
+
+def constants(worker: Worker, traced: Any) -> dict[Buffer, Array]:
+    """Returns the captured constants that a worker holds."""
+    return {b: traced.constants[b.value] for b in worker.state if b.value in traced.constants}
 
 
 def _split(stages: Sequence[Stage], devices: Sequence[JaxDevice]) -> list[jax.sharding.Mesh]:

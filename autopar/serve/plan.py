@@ -18,6 +18,9 @@ from autopar.core.errors import BadInput, DoesNotFit
 from autopar.core.plan import Plan, Stage
 from autopar.report.units import size
 
+MOST_ROWS = 256
+"""Sequences in one step at most: beyond that a step takes longer without giving more."""
+
 
 @dataclass(frozen=True)
 class Room:
@@ -139,12 +142,39 @@ def serving_plan(
     Raises:
         DoesNotFit: the cluster's memory is too small; says how many gigabytes are missing.
     """
+    served, made = decode_plan(served, cluster, name=name, wanted=wanted, length=length, say=say)
+    return described(served, made, cluster, name=name, length=length, prompt=prompt, say=say), made
+
+
+def decode_plan(
+    served: Served,
+    cluster: Cluster,
+    *,
+    name: str = "",
+    wanted: Wanted | None = None,
+    length: int = 2048,
+    say: Say = lambda words: None,
+) -> tuple[Served, Made]:
+    """Returns the plan of a decode step, and the model with as many cache blocks as it was traced with."""
     nominal = -(-length // served.block_size) + 1
     served = replace(served, blocks=nominal)
-    wanted = wanted or Wanted(Latency(), nominal)
     say("tracing a decode step")
     traced = served.tracer(Shape(1, 1, nominal - 1))(1, False)
-    made = _planned(traced, served, cluster, wanted, name, say)
+    return served, _planned(traced, served, cluster, wanted or Wanted(Latency(), nominal), name, say)
+
+
+def described(
+    served: Served,
+    made: Made,
+    cluster: Cluster,
+    *,
+    name: str = "",
+    length: int = 2048,
+    prompt: int = 512,
+    say: Say = lambda words: None,
+) -> ServingPlan:
+    """Returns what a decode step's plan means: its cache, prompts, full batches. Arguments as above."""
+    nominal = served.blocks
     say("a prompt")
     prefill = _of_shape(made, served, Shape(1, prompt, -(-prompt // served.block_size)), cluster)
     rooms = tuple(_room(made, nominal, s, [prefill]) for s in range(len(made.plan.stages)))
@@ -152,17 +182,16 @@ def serving_plan(
     say(f"a step of {rows} sequences")
     full = _of_shape(made, served, Shape(rows, 1, nominal - 1), cluster) if rows > 1 else made.plan
     rooms = tuple(_room(made, nominal, s, [prefill, full]) for s in range(len(made.plan.stages)))
-    found = ServingPlan(
+    return ServingPlan(
         name, np.dtype(served.dtype).name, str(cluster), made.plan, prefill, full, rooms, served.block_size,
         prompt, length, min(rows, max(1, _rows(min(r.blocks for r in rooms), nominal - 1, len(rooms)))),
         served.weight_bytes,
     )  # fmt: skip
-    return found, made
 
 
 def _rows(blocks: int, each: int, stages: int) -> int:
     """Sequences in one of as many steps as there are stages, where all together fill the cache."""
-    return max(1, (blocks - 1) // each // stages)
+    return max(1, min(MOST_ROWS, (blocks - 1) // each // stages))
 
 
 def _planned(traced: Any, served: Served, cluster: Cluster, wanted: Wanted, name: str, say: Say) -> Made:
@@ -185,8 +214,8 @@ def missing_text(served: Served, cluster: Cluster, blocks: int, name: str, error
     return (
         f"{name or 'the model'} does not fit {cluster}: its weights in {np.dtype(served.dtype)} take "
         f"{size(served.weight_bytes)} and a cache of {(blocks - 1) * served.block_size} tokens "
-        f"{size(cache)}, the devices have {size(has)} together; {size(short)} are missing{where}. Add devices, keep fewer "
-        "tokens, or weights of fewer bits"
+        f"{size(cache)}, the devices have {size(has)} together; {size(short)} are missing{where}. "
+        "Add devices, keep fewer tokens, or weights of fewer bits"
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import concurrent.futures
+import itertools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,15 +45,21 @@ class Buckets:
             )
 
     def shapes(self) -> tuple[Shape, ...]:
-        """Returns all shapes, decode steps first."""
+        """Returns all shapes, from small to large."""
         decode = [Shape(rows, 1, blocks) for blocks in self.blocks for rows in self.rows]
         prefill = [Shape(r, new, b) for b in self.blocks for new in self.new for r in self.prefill_rows(new)]
-        return (*decode, *prefill)
+        return tuple(sorted((*decode, *prefill), key=lambda s: (s.rows * s.new, s.blocks)))
+
+    def covering(self) -> tuple[Shape, ...]:
+        """Returns shapes that hold every step, and the ones that a single sequence takes."""
+        most = self.blocks[-1]
+        large = [Shape(self.prefill_rows(new)[-1], new, most) for new in self.new]
+        large.append(Shape(self.rows[-1], 1, most))
+        return tuple(dict.fromkeys([*large, Shape(self.rows[0], 1, most), Shape(1, self.new[-1], most)]))
 
     def prefill_rows(self, new: int) -> tuple[int, ...]:
-        """Returns the numbers of rows that prefill steps of so many new tokens have."""
-        fitting = [1, *(r for r in self.rows[1:] if r * new <= self.tokens)]
-        return tuple(sorted({*fitting[::2], fitting[-1]}))  # every other: a step is padded to at most 4 ×
+        """Returns the numbers of rows that prefill steps of so many new tokens have: one, or all that fit."""
+        return tuple(sorted({1, max([1, *(r for r in self.rows if r * new <= self.tokens)])}))
 
 
 class CompiledRunner:
@@ -81,16 +89,45 @@ class CompiledRunner:
         self.row_buckets, self.table_buckets = buckets.rows, buckets.blocks
         self.new_buckets = (1, *buckets.new)
         self.max_tokens = buckets.tokens
-        self._shapes = sorted(buckets.shapes(), key=lambda s: (s.rows * s.new, s.blocks))
+        self._ready: list[Shape] = []
+        self._chosen: dict[Shape, tuple[Loaded, Shape]] = {}
+        self._behind: threading.Thread | None = None
         self._closed = False
 
-    def compile(self, say: Callable[[str], None] = lambda words: None) -> CompiledRunner:
-        """Compiles every shape ahead of serving; returns the runner itself. say: told how far it has come."""
-        todo: list[Shape | int] = [*self._shapes, *COPIES]
-        for n, key in enumerate(todo):
-            say(f"{n + 1} of {len(todo)}: {text(key)}")
-            self.programs.compiled(key)
+    def compile(
+        self, say: Callable[[str], None] = lambda words: None, behind: bool = False, threads: int = 1
+    ) -> CompiledRunner:
+        """Compiles every shape ahead of serving; returns the runner itself.
+
+        Args:
+            say: told how far it has come.
+            behind: return when there is a shape that holds each possible step, and compile the others, which
+                hold it with less padding, in a thread.
+            threads: how many compile.
+        """
+        first, others = self.buckets.covering(), self.buckets.shapes()
+        first, others = [*first, *COPIES], [shape for shape in others if shape not in first]
+        self._compile(first if behind else [*first, *others], say, threads)
+        if behind:
+            quiet: Callable[[str], None] = lambda words: None  # noqa: E731
+            self._behind = threading.Thread(target=self._compile, args=(others, quiet, 1), daemon=True)
+            self._behind.start()
         return self
+
+    def _compile(self, keys: Sequence[Shape | int], say: Callable[[str], None], threads: int) -> None:
+        count = itertools.count(1)
+
+        def one(key: Shape | int) -> None:
+            if self._closed:
+                return
+            self.programs.compiled(key)
+            say(f"{next(count)} of {len(keys)} compiled: {text(key)}")
+            if isinstance(key, Shape):
+                self._ready = sorted({*self._ready, key}, key=lambda s: (s.rows * s.new, s.blocks))
+                self._chosen = {}
+
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            list(pool.map(one, keys))
 
     def run(self, batch: StepBatch, every: bool = False) -> Results:
         """Starts a step and returns its results to come.
@@ -117,12 +154,19 @@ class CompiledRunner:
         """Stops what runs and drops the weights and blocks."""
         if not self._closed:
             self._closed = True
+            if self._behind is not None:
+                self._behind.join()
             self.programs.close()
 
-    @functools.cache  # noqa: B019 (a runner lives as long as its process serves)
     def _loaded(self, wanted: Shape) -> tuple[Loaded, Shape]:
         """The smallest compiled step that holds a batch of these sizes."""
-        for shape in self._shapes:
+        chosen = self._chosen
+        if wanted not in chosen:
+            chosen[wanted] = self._choose(wanted)
+        return chosen[wanted]
+
+    def _choose(self, wanted: Shape) -> tuple[Loaded, Shape]:
+        for shape in self._ready or self.buckets.shapes():
             decode = shape.new == wanted.new or wanted.new > 1  # a decode step is not padded to a prompt's
             if decode and all(have >= want for have, want in zip(shape[:3], wanted[:3])):
                 found = shape._replace(every=wanted.every)
