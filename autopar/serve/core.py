@@ -15,8 +15,9 @@ from autopar.serve.detokenize import Tokenizer
 from autopar.serve.metrics import Meter
 from autopar.serve.request import BadParameter, Request
 from autopar.serve.results import Results
-from autopar.serve.scheduler import Scheduler, Shapes, Step
+from autopar.serve.scheduler import Scheduler
 from autopar.serve.sequence import Job, Sequence
+from autopar.serve.steps import Shapes, Step
 from autopar.serve.stream import Stream
 
 

@@ -12,8 +12,9 @@ from autopar.serve.delivery import Delivery, Event
 from autopar.serve.detokenize import Tokenizer
 from autopar.serve.request import FinishReason, TokenLogprob
 from autopar.serve.sampling import Sampler, log_softmax, logprob
-from autopar.serve.scheduler import Row, Scheduler, Step
+from autopar.serve.scheduler import Scheduler
 from autopar.serve.sequence import Job, Sequence
+from autopar.serve.steps import Row, Step
 
 _NAN = "the model's logits are not numbers; are its weights intact and its dtype wide enough?"
 

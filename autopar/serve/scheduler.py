@@ -3,81 +3,13 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
-import numpy as np
-
-from autopar.core.errors import BadInput
-from autopar.serve.batch import Runner, StepBatch
 from autopar.serve.blocks import BlockManager
 from autopar.serve.fair import ANSWER_COST, PROMPT_COST, FairQueue
 from autopar.serve.sequence import Job, Sequence
-
-
-@dataclass(frozen=True)
-class Row:
-    """A sequence's part of a step.
-
-    Attributes:
-        start: index of the first token computed. length: how many are.
-        epoch: the sequence's when the step was made; if it differs later, the result is stale.
-        samples: whether the next token is to be chosen from the row's last logits.
-    """
-
-    sequence: Sequence
-    epoch: int
-    start: int
-    length: int
-    samples: bool
-
-    @property
-    def fresh(self) -> bool:
-        """Returns whether the sequence still holds the blocks that it had."""
-        return self.epoch == self.sequence.epoch
-
-
-@dataclass(frozen=True)
-class Step:
-    """Rows to run together, as a batch; `copies` of blocks come before; `every`: all logits are wanted."""
-
-    rows: tuple[Row, ...]
-    batch: StepBatch
-    copies: tuple[tuple[int, int], ...]
-    every: bool
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The shapes that a runner has ready, and how they are used.
-
-    Attributes:
-        rows, new, tables: bucket sizes, ascending; new: those of prefill steps, above 1.
-        budget: most padded tokens (rows × new) of a prefill step; one row is always allowed.
-        groups: steps in flight at once.
-    """
-
-    rows: tuple[int, ...]
-    new: tuple[int, ...]
-    tables: tuple[int, ...]
-    budget: int
-    groups: int
-
-    @staticmethod
-    def of(runner: Runner, budget: int | None = None) -> Shapes:
-        """Returns a runner's shapes; `budget` as `Options.prefill_tokens`."""
-        budget = budget or getattr(runner, "max_tokens", None)
-        budget = budget or max(runner.new_buckets[-1], runner.row_buckets[-1])
-        new = tuple(size for size in runner.new_buckets if size > 1)  # of prefill steps
-        if not new:
-            raise BadInput("the runner has no bucket for more than one new token; it needs one for prompts")
-        return Shapes(runner.row_buckets, new, runner.table_buckets, budget, runner.groups)
-
-
-def bucket(sizes: tuple[int, ...], size: int) -> int:
-    """Returns the smallest of the ascending `sizes` that is no less than `size`."""
-    return sizes[bisect_left(sizes, size)]
+from autopar.serve.steps import Row, Shapes, Step, batch_of, bucket
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
@@ -361,27 +293,10 @@ class Scheduler:
 
     def _make(self, chosen: list[tuple[Sequence, int]], copies: list[tuple[int, int]], new: int) -> Step:
         self._turn += 1
-        batch = self._batch(chosen, new)
+        batch = batch_of(chosen, new, self._shapes, self._blocks.block_size)
         rows = tuple([self._advance(sequence, length) for sequence, length in chosen])
         every = new > 1 and any(self._wants_every(row) for row in rows)
         return Step(rows, batch, tuple(copies), every)
-
-    def _batch(self, chosen: list[tuple[Sequence, int]], new: int) -> StepBatch:
-        """The arrays of a step; new ones each time, as the runner may still be reading the last step's."""
-        rows = bucket(self._shapes.rows, len(chosen))
-        size = self._blocks.block_size
-        used = [-(-(sequence.computed + length) // size) for sequence, length in chosen]
-        tables = np.zeros((rows, bucket(self._shapes.tables, max(used))), np.int32)
-        tokens = np.zeros((rows, new), np.int32)
-        positions = np.zeros(rows, np.int32)
-        lengths = np.zeros(rows, np.int32)
-        positions[: len(chosen)] = [sequence.computed for sequence, _ in chosen]
-        lengths[: len(chosen)] = [length for _, length in chosen]
-        for row, (sequence, length) in enumerate(chosen):
-            start = sequence.computed
-            tokens[row, :length] = sequence.tokens[start : start + length]
-            tables[row, : used[row]] = sequence.table[: used[row]]
-        return StepBatch(tokens, positions, lengths, tables)
 
     def _advance(self, sequence: Sequence, length: int) -> Row:
         start = sequence.computed
