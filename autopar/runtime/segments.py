@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -23,19 +24,35 @@ class Compiled:
     Args:
         lowered: the function and how its inputs and outputs lie.
         donated: positions of inputs whose memory it may take.
+        heirs: donated position → position of the output that should take it. JAX gives a donated input to the
+            first output of its shape that is still without one; so the outputs are compiled in the order of
+            what they replace, or every one of them would be copied at last.
     """
 
-    def __init__(self, lowered: Lowered, donated: tuple[int, ...]):
+    def __init__(self, lowered: Lowered, donated: tuple[int, ...], heirs: Mapping[int, int] | None = None):
         self.lowered, self.donated = lowered, donated
+        first = [heirs[k] for k in donated if k in heirs] if heirs else []
+        order = [*first, *(o for o in range(len(lowered.outputs)) if o not in {*first})]
+        self._order = order
+        back = [order.index(o) for o in range(len(order))]
+        self._restore = itemgetter(*back) if back != sorted(back) else None
 
     @cached_property
     def jitted(self) -> Callable[..., Sequence[Array]]:
-        """The function of its inputs as separate arguments, with layouts pinned on both sides."""
-        fun = self.lowered.fun
+        """The function of its inputs as separate arguments, with layouts pinned on both sides.
+
+        Its results come in the order in which donated inputs are replaced.
+        """
+        fun, order = self.lowered.fun, self._order
+
+        def ordered(*inputs: Array) -> list[Array]:
+            results = fun(list(inputs))
+            return [results[o] for o in order]
+
         return jax.jit(
-            lambda *inputs: fun(list(inputs)),
+            ordered,
             in_shardings=tuple(x.sharding for x in self.lowered.inputs),
-            out_shardings=[x.sharding for x in self.lowered.outputs],
+            out_shardings=[self.lowered.outputs[o].sharding for o in order],
             donate_argnums=self.donated,
         )
 
@@ -49,7 +66,20 @@ class Compiled:
         return self.executable.as_text()
 
     def __call__(self, *inputs: Array) -> Sequence[Array]:
-        return self.executable(*inputs)
+        results = self.executable(*inputs)
+        return results if self._restore is None else self._restore(results)
+
+
+def heirs(worker: Worker) -> dict[str, dict[int, int]]:
+    """Returns segment → input position → position of the output that takes its name after the step."""
+    named = {i.new: i.old for i in worker.instructions if isinstance(i, Rename)}
+    found: dict[str, dict[int, int]] = {}
+    for run in worker.instructions:
+        if isinstance(run, Run):
+            places = {b: o for o, b in enumerate(run.outputs)}
+            mine = {k: places[named[b]] for k, b in enumerate(run.inputs) if named.get(b) in places}
+            found[run.segment] = {k: o for k, o in mine.items() if found.get(run.segment, mine).get(k) == o}
+    return found
 
 
 def donations(worker: Worker) -> dict[str, tuple[int, ...]]:
