@@ -19,6 +19,7 @@ BENCHES = {
     "plans": "autopar.bench.plans:plans",
     "simulation": "autopar.bench.simulation:simulation",
     "solver": "autopar_solver.bench:bench_command",
+    "serve": "autopar.bench.serve:serve",
     "serve-load": "autopar.bench.serve_load:serve_load",
     "stages": "autopar_solver.stage_dp_bench:stage_bench_command",
 }
