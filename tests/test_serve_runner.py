@@ -117,3 +117,15 @@ def test_buckets_are_checked_and_hold_the_longest_sequence():
         Buckets(new=(1024,), tokens=512)
     assert table_buckets(2048, 16) == (32, 128)
     assert table_buckets(10, 16) == (1,)
+
+
+def test_tokens_on_ray_equal_a_single_devices():
+    runner = runner_on("1xT4,1xV100-16GB", autopar.Ray(emulate=True))
+    session = runner.programs.base.session
+    try:
+        assert len(session.pids) == 2
+        assert generate(runner, PROMPTS, 4) == [paged.reference(CONFIG, WEIGHTS, p, 4) for p in PROMPTS]
+        runner.copy([(1, 13)])
+        assert max(session.memory()) < 2e6 < min(session.most_resident())
+    finally:
+        runner.close()

@@ -22,7 +22,8 @@ from autopar.core.program import Buffer, Program
 from autopar.core.timeline import Timeline
 from autopar.runtime import layout
 from autopar.runtime.backend import StageMemory
-from autopar.runtime.inprocess import stage_memory, stage_name
+from autopar.runtime.fill import Fillers
+from autopar.runtime.inprocess import constants, stage_memory, stage_name
 from autopar.runtime.ray_backend.nodes import Nodes
 from autopar.runtime.ray_backend.shipment import Shipment, shipments
 from autopar.runtime.ray_backend.worker import Answer, Setting, StageWorker
@@ -36,6 +37,9 @@ GRACE = 5.0
 
 START = 120.0
 """Seconds in which all workers have started."""
+
+LOADING = 3600.0
+"""Seconds in which a worker has read its part of the weights."""
 
 AHEAD = 8
 """Steps that may be under way before a new one waits for the oldest."""
@@ -65,6 +69,7 @@ class RaySession:
         self._workers: list[Any] = []
         self.pids: list[int] = []
         self._steps, self._pending = 0, list[list[Call]]()
+        self._platform, self._siblings = platform, 0
         self._failure: StageFailed | None = None
         self._closed = False
         atexit.register(self.close)
@@ -125,30 +130,52 @@ class RaySession:
 
     # the session protocol
 
-    def load(self, stage: int, arrays: Mapping[Buffer, Array], donate: bool = False) -> None:
+    def load(
+        self, stage: int, arrays: Mapping[Buffer, Array], donate: bool = False, program: int = 0
+    ) -> None:
         self._check()
-        self._watch(stage, self._workers[stage].load.remote({b: _host(x) for b, x in arrays.items()}))
+        held = {b: _host(x) for b, x in arrays.items()}
+        if held:
+            self._watch(stage, self._workers[stage].load.remote(held, program))
 
-    def step(self, feeds: Sequence[Mapping[Buffer, Array]]) -> None:
+    def make(self, stage: int, fillers: Fillers, program: int = 0) -> None:
         self._check()
-        self._pending.append(self._call_step(feeds))
+        self._watch(stage, self._workers[stage].make.remote(dict(fillers), program), LOADING)
+
+    def sibling(self, plan: Plan, program: Program, traced: Any, names: Mapping[Buffer, Buffer]) -> Sibling:
+        self._finish()
+        self._siblings += 1
+        calls: list[Call] = []
+        for shipment in shipments(plan, program, traced, [self._platform]):
+            worker = shipment.worker
+            held = {b: _host(x) for b, x in constants(worker, traced).items()}
+            setup = self._workers[worker.stage].setup
+            calls.append(setup.remote(shipment, self._siblings, dict(names), held))
+        self._settle(calls, None)
+        return Sibling(self, self._siblings, plan, program)
+
+    def step(self, feeds: Sequence[Mapping[Buffer, Array]], program: int = 0) -> None:
+        self._check()
+        self._pending.append(self._call_step(feeds, program=program))
         if len(self._pending) > AHEAD:
             self._all(self._pending.pop(0))
 
-    def measure(self, feeds: Sequence[Mapping[Buffer, Array]]) -> Timeline:
+    def measure(self, feeds: Sequence[Mapping[Buffer, Array]], program: int = 0) -> Timeline:
         self._finish()
-        answers = self._all(self._call_step(feeds, time.time()))
+        answers = self._all(self._call_step(feeds, time.time(), program))
         events = sorted((event for found in answers for event in found), key=lambda event: event.start)
         return Timeline(tuple(events), tuple(map(stage_name, range(len(answers)), self.plan.stages)))
 
-    def fetcher(self, stage: int, buffers: Sequence[Buffer]) -> Callable[[], Callable[[], Sequence[Array]]]:
+    def fetcher(
+        self, stage: int, buffers: Sequence[Buffer], program: int = 0
+    ) -> Callable[[], Callable[[], Sequence[Array]]]:
         wanted = list(buffers)
         if not wanted:
             return lambda: list
 
         def start() -> Callable[[], Sequence[Array]]:
             self._check()
-            call = self._workers[stage].fetch.remote(wanted)
+            call = self._workers[stage].fetch.remote(wanted, program)
             return lambda: self._watch(stage, call)
 
         return start
@@ -156,19 +183,23 @@ class RaySession:
     def compile(self) -> None:
         """Nothing to do: workers compile when they are shipped to."""
 
-    def hlo(self) -> dict[str, str]:
-        texts = self._ask(lambda worker: worker.hlo)
+    def hlo(self, program: int = 0) -> dict[str, str]:
+        texts = self._ask(lambda worker: worker.hlo, program)
         return {name: text for each in texts for name, text in each.items()}
 
-    def compiled_memory(self) -> tuple[StageMemory, ...]:
-        return tuple(map(stage_memory, self.plan.stages, self._ask(lambda worker: worker.sizes)))
+    def compiled_memory(self, program: int = 0) -> tuple[StageMemory, ...]:
+        return tuple(map(stage_memory, self.plan.stages, self._ask(lambda worker: worker.sizes, program)))
 
     def memory(self) -> tuple[int, ...]:
-        return tuple(held for held, _ in self._ask(lambda worker: worker.memory))
+        return tuple(held for held, _, _ in self._ask(lambda worker: worker.memory))
 
     def resident(self) -> tuple[int, ...]:
         """Returns the resident bytes of every worker process."""
-        return tuple(size for _, size in self._ask(lambda worker: worker.memory))
+        return tuple(size for _, size, _ in self._ask(lambda worker: worker.memory))
+
+    def most_resident(self) -> tuple[int, ...]:
+        """Returns the most bytes that were ever resident in every worker process."""
+        return tuple(most for _, _, most in self._ask(lambda worker: worker.memory))
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -190,29 +221,32 @@ class RaySession:
 
     # calls
 
-    def _call_step(self, feeds: Sequence[Mapping[Buffer, Array]], start: float | None = None) -> list[Call]:
+    def _call_step(
+        self, feeds: Sequence[Mapping[Buffer, Array]], start: float | None = None, program: int = 0
+    ) -> list[Call]:
         self._steps += 1
         return [
-            worker.step.remote(self._steps, {b: _host(x) for b, x in feed.items()}, start)
+            worker.step.remote(self._steps, {b: _host(x) for b, x in feed.items()}, start, program)
             for worker, feed in zip(self._workers, feeds, strict=True)
         ]
 
-    def _ask(self, method: Callable[[Any], Any]) -> list[Any]:
+    def _ask(self, method: Callable[[Any], Any], *args: Any) -> list[Any]:
         """What a method of every worker gives, once no step is under way."""
         self._finish()
-        return self._all([method(worker).remote() for worker in self._workers])
+        return self._all([method(worker).remote(*args) for worker in self._workers])
 
     def _all(self, calls: Sequence[Call]) -> list[Any]:
         return self._settle(calls, self._timeout + GRACE)
 
-    def _watch(self, stage: int, call: Call) -> Any:
+    def _watch(self, stage: int, call: Call, seconds: float | None = None) -> Any:
         """What one call gives. It waits for the steps before it too: one of their failures comes first."""
+        patience = (seconds or self._timeout) + GRACE
         self._check()
         watched = [step for calls in self._pending for step in calls]
         while True:
-            done, _ = self._ray.wait([call, *watched], timeout=self._timeout + GRACE)
+            done, _ = self._ray.wait([call, *watched], timeout=patience)
             if call in done or not done:
-                answer = self._answer(call) if done else _silent(self._timeout + GRACE)
+                answer = self._answer(call) if done else _silent(patience)
                 if answer.error is None:
                     return answer.value
                 self._finish()
@@ -279,6 +313,52 @@ class RaySession:
         if self._failure is not None:
             cause = f"{self._failure.cause}, in an earlier step; close it, and start again from a checkpoint"
             raise StageFailed(self._failure.stage, self._failure.node, cause)
+
+
+class Sibling:
+    """Another program on the workers of a session; see `backend.Session`.
+
+    Args:
+        base: the session. number: what its workers call the program.
+    """
+
+    local = False
+
+    def __init__(self, base: RaySession, number: int, plan: Plan, program: Program):
+        self._base, self._number, self.plan, self.program = base, number, plan, program
+
+    def load(self, stage: int, arrays: Mapping[Buffer, Array], donate: bool = False) -> None:
+        self._base.load(stage, arrays, donate, self._number)
+
+    def make(self, stage: int, fillers: Fillers) -> None:
+        self._base.make(stage, fillers, self._number)
+
+    def sibling(self, plan: Plan, program: Program, traced: Any, names: Mapping[Buffer, Buffer]) -> Sibling:
+        raise NotImplementedError("ask the first session for siblings: it is their buffers that names name")
+
+    def step(self, feeds: Sequence[Mapping[Buffer, Array]]) -> None:
+        self._base.step(feeds, self._number)
+
+    def measure(self, feeds: Sequence[Mapping[Buffer, Array]]) -> Timeline:
+        return self._base.measure(feeds, self._number)
+
+    def fetcher(self, stage: int, buffers: Sequence[Buffer]) -> Callable[[], Callable[[], Sequence[Array]]]:
+        return self._base.fetcher(stage, buffers, self._number)
+
+    def compile(self) -> None:
+        """Nothing to do: workers compile when they are shipped to."""
+
+    def hlo(self) -> dict[str, str]:
+        return self._base.hlo(self._number)
+
+    def compiled_memory(self) -> tuple[StageMemory, ...]:
+        return self._base.compiled_memory(self._number)
+
+    def memory(self) -> tuple[int, ...]:
+        return self._base.memory()
+
+    def close(self) -> None:
+        self._base.close()
 
 
 def _folder() -> str:
