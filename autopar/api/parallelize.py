@@ -114,6 +114,10 @@ class Parallelized:
         Raises:
             TraceError, MixedExamples, DoesNotFit, BadInput, StageFailed: see `plan` and the executable.
         """
+        if self._last is not None:  # a training loop: the state of the last call, and a batch like its
+            leaves, tree = jax.tree.flatten((args, kwargs))
+            if self._last[1].follows(leaves, tree):
+                return self._last[1].next(leaves)
         key = self._key(args, kwargs)
         if self._last is None or self._last[0] != key:
             self._last = (key, self._executable(key, args, kwargs))

@@ -73,7 +73,22 @@ class Executable:
         return self._step(args, kwargs, measured=True)
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any], measured: bool) -> Any:
-        leaves = self._signature.flatten(args, kwargs)
+        return self._run(self._signature.flatten(args, kwargs), measured)
+
+    def follows(self, leaves: Sequence[Any], tree: Any) -> bool:
+        """Returns whether these are the arguments of a next step: the state that the last call returned, and
+        a batch of the shapes that were traced. Cheap: nothing is done per leaf of the state but `is`."""
+        return (
+            self._signature.plain(tree)
+            and self._state.holds(self._kept(leaves))
+            and self._feeder.fits(self._batch(leaves))
+        )
+
+    def next(self, leaves: Sequence[Any]) -> Any:
+        """Returns the results of a step with these leaves, for which `follows` is true."""
+        return self._run(leaves, measured=False)
+
+    def _run(self, leaves: Sequence[Any], measured: bool) -> Any:
         feeds = self._feeder(self._batch(leaves))
         try:
             self._prepare(self._kept(leaves))

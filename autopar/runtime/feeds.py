@@ -90,6 +90,14 @@ class Feeder:
             [(b, position.get(b.value), b.microbatch or 0) for b in worker.feeds] for worker in program
         ]
         self._indices = [np.int32(i) for i in range(self._count)]
+        self._expected = [(leaf.shape, as_dtype(leaf.dtype)) for leaf in self._leaves]
+
+    def fits(self, batch: Sequence[Any]) -> bool:
+        """Returns whether these are arrays of the traced shapes and types."""
+        return all(
+            isinstance(x, jax.Array | np.ndarray) and x.shape == shape and x.dtype == dtype
+            for x, (shape, dtype) in zip(batch, self._expected, strict=True)
+        )
 
     def __call__(self, batch: Sequence[Any]) -> list[Mapping[Buffer, Array]]:
         """Returns the feeds of each stage. Raises BadInput for a leaf of another shape or dtype."""

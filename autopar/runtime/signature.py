@@ -25,6 +25,10 @@ class Signature:
         self._out_positions = [leaf.position for leaf in traced.out_leaves]
         self._out_whole = self._out_positions == list(range(traced.out_tree.num_leaves))
 
+    def plain(self, tree: Any) -> bool:
+        """Returns whether a call of this tree has nothing static in it, and the structure that was traced."""
+        return self._whole and not (self._static_args or self._static_kwargs) and tree == self._tree
+
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
         """Returns the array leaves of a call, static ones apart.
 

@@ -51,13 +51,17 @@ class State:
             for buffer in worker.state:
                 self._holders[buffer.value].append(s)
 
+    def holds(self, arrays: Sequence[Any]) -> bool:
+        """Returns whether these very arrays are what the workers hold."""
+        return all(map(is_, arrays, self._held))
+
     def update(self, arrays: Sequence[Any]) -> None:
         """Loads every array that is not the one the workers hold already.
 
         Raises:
             BadInput: an array of another shape or dtype, or state that a step has consumed.
         """
-        if all(map(is_, arrays, self._held)):
+        if self.holds(arrays):
             return
         foreign = [k for k, x in enumerate(arrays) if x is not self._held[k]]
         values = {k: read(self._leaves[k], arrays[k]) for k in foreign}
