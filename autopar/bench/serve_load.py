@@ -301,9 +301,11 @@ def report(console: Console, seen: Seen, left: dict[str, float], memory: list[in
     console.print(f"answers by status: {statuses}; left by their clients: {seen.left}; {rate:.1f} answers/s")
     console.print("left over: " + ", ".join(f"{name} {value:g}" for name, value in left.items()))
     if memory:
-        first, last = memory[len(memory) // 4], memory[-1]
-        text = f"memory: {first / 1e6:.0f} MB after a quarter of the time, {last / 1e6:.0f} MB at the end"
-        console.print(f"{text} (highest {max(memory) / 1e6:.0f} MB)")
+        quarters = [memory[(len(memory) - 1) * i // 4] for i in range(5)]
+        text = " → ".join(f"{each / 1e6:.0f}" for each in quarters)
+        console.print(
+            f"memory of the server by quarters of the time: {text} MB, highest {max(memory) / 1e6:.0f} MB"
+        )
     console.print(f"surprises: {sum(seen.surprises.values())}")
     for text, count in seen.surprises.most_common(20):
         console.print(f"  {count} × {text}", markup=False)

@@ -112,6 +112,7 @@ def _checkpoint(
     model: Any, dtype: str | None, weights: str | None, seed: int, cluster: room.Cluster, host: bool
 ) -> Checkpoint:
     from autopar.io import gguf, huggingface
+    from autopar.serve.stand_in import stand_in
 
     if weights not in (None, "random"):
         raise BadInput(f'weights is None (read them) or "random", got {weights!r}')
@@ -126,7 +127,8 @@ def _checkpoint(
             return huggingface.open_directory(path, dtype=kind, random=random, seed=seed)
         if path.suffix == ".gguf":
             return gguf.open_gguf(path, dtype=kind)
-        return huggingface.open_random(str(model), seed=seed, dtype=kind)
+        made = huggingface.open_random(str(model), seed=seed, dtype=kind)
+        return replace(made, tokenizer=stand_in(made.config.vocabulary).to_str())
 
     if path is not None and not path.exists() and not random:
         _refuse(str(model))
