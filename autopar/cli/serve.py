@@ -130,9 +130,9 @@ def serve(model: str | None, host: str, port: int, access_log: bool, **options: 
             app = create_app(loaded, settings)
             took = time.monotonic() - started
             run(app, listener, lambda: _greet(app, listener, took), "info" if access_log else "warning")
-            click.echo("stopped", err=True)
         finally:
             loaded.close()
+    click.echo("stopped", err=True)
 
 
 def _service_options(options: dict[str, Any]) -> Options:
