@@ -176,7 +176,7 @@ SYSTEMS = {"autopar": Autopar, "transformers": Transformers, "ctranslate2": CTra
 
 
 def _end_with_parent() -> None:
-    """Asks Linux to kill this process when the benchmark ends, however that comes about: it may be stopped."""
+    """Asks Linux to kill this process when the benchmark ends in any way: it may be stopped."""
     if sys.platform == "linux":
         import ctypes
 
