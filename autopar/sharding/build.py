@@ -198,6 +198,8 @@ class Builder:
     def choose(self, scope: Scope, i: int, e: Equation, op: Op, tensors: list[tuple[int, Key]]) -> None:
         """Gives an equation a node of its own."""
         ways = enumerate_strategies(op, self.grid)
+        if len(ways) == 1 and op.rule.fixed and self.grid.sizes:
+            self.note(e, f"none of its dims can be cut: {self.whole(ways[0].seconds)}")
         parents = frozenset(self.model.homes[key].node for _, key in tensors if key in self.model.homes)
         node = self.model.node(
             e.op, len(ways), ("op", op), parents if op.kind in ELEMENTWISE else frozenset()
@@ -206,10 +208,10 @@ class Builder:
 
     def opaque(self, scope: Scope, i: int, e: Equation, tensors: list[tuple[int, Key]]) -> None:
         """Replicates an equation without a rule."""
-        self.note(e, "no sharding rule: computed whole on every device")
         whole = [((),) * self.rank(scope, v) for v in e.outputs]
         reads = tuple(None if v is None else ((),) * self.rank(scope, v) for v in e.inputs)
         seconds = sum(self.nbytes(scope.values[v]) for v in e.outputs) / self.device.bandwidth
+        self.note(e, f"no sharding rule: {self.whole(seconds)}")
         way = Strategy(reads, tuple(whole), tuple(whole), seconds)
         node = self.model.node(e.op, 1, ("whole", seconds))
         self.run(scope, i, e, node, (way,), tensors)
@@ -403,6 +405,10 @@ class Builder:
             for v in e.operands:
                 first.setdefault(v, e.phase)
         return {v: first[v] for v in self.region.arriving if v in first}
+
+    def whole(self, seconds: float) -> str:
+        """What it means that an equation is not sharded, in words."""
+        return f"computed whole on every device, {seconds * 1e3:.3g} ms each time"
 
     def note(self, e: Equation, text: str) -> None:
         where = f" at {e.source}" if e.source else ""
