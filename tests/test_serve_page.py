@@ -65,6 +65,8 @@ def test_chat_by_keyboard_with_probabilities_and_stop(browser: Any):
         assert page.evaluate("document.activeElement.textContent") == said[1]
         assert "%" in page.inner_text("#tip .chosen")
         text_is(page, "#running", "0")
+        page.click("#plan summary")
+        text_is(page, "#nopicture", "There is no picture of this plan.")
     assert model.engine.metrics().finished["cancelled"] == 1
 
 

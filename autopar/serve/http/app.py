@@ -52,7 +52,7 @@ def _add_open(app: FastAPI, service: Service) -> None:
 
     @app.get("/plan.svg")
     async def plan() -> Response:
-        return plain.plan(service)
+        return await plain.plan(service)
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:

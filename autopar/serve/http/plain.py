@@ -38,7 +38,6 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "root": service.names[0],
         "max_model_len": service.longest,
         "chat": service.template is not None,
-        "plan": service.plan is not None,
     }
 
 
@@ -93,12 +92,13 @@ def health(service: Service) -> JSONResponse:
     return JSONResponse(body, status_code=200 if status == "ok" else 503)
 
 
-def plan(service: Service) -> Response:
+async def plan(service: Service) -> Response:
     """Returns the plan's picture."""
-    if service.plan is None:
+    picture = await service.picture()
+    if picture is None:
         raise ApiError(404, "this model was not planned over several devices", code="not_found")
     policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return Response(service.plan, media_type="image/svg+xml", headers={"Content-Security-Policy": policy})
+    return Response(picture, media_type="image/svg+xml", headers={"Content-Security-Policy": policy})
 
 
 def page() -> HTMLResponse:

@@ -57,7 +57,7 @@ class Service:
         self.metrics = Metrics(engine.metrics)
         self.started = int(time.time())
         self.fingerprint = f"autopar-{importlib.metadata.version('autopar')}"
-        self.plan = model.plan_svg()
+        self._picture: asyncio.Task[str | None] | None = None
         self.draining = False
         self.active: set[Batch] = set()
 
@@ -66,14 +66,18 @@ class Service:
         """Returns the tokens of the longest sequence, prompt and answer together."""
         return self.engine.longest
 
+    async def picture(self) -> str | None:
+        """Returns the plan's picture; it is drawn when it is first asked for, beside what else runs."""
+        if self._picture is None:
+            self._picture = asyncio.create_task(asyncio.to_thread(self.model.plan_svg))
+        return await asyncio.shield(self._picture)
+
     def check_model(self, name: str | None) -> None:
         """Raises a 404 unless `name` is the model served; None is."""
         if name is not None and name not in self.names:
             shown = name if len(name) <= 100 else f"{name[:99]}…"
-            raise ApiError(
-                404, f"the model {shown!r} is not served here; {self.names[0]!r} is", param="model",
-                code="model_not_found",
-            )  # fmt: skip
+            message = f"the model {shown!r} is not served here; {self.names[0]!r} is"
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     def checked_prompt(self, ids: Sequence[int], most: int | None, param: str = "prompt") -> tuple[int, ...]:
         """Returns the prompt as the engine takes it.
@@ -132,11 +136,8 @@ class Batch:
     def __init__(self, service: Service, streams: list[Stream]):
         self.streams = streams
         self._metrics, self._active = service.metrics, service.active
-        self._made, self._prompts, self._cached = (
-            dict[tuple[int, int], int](),
-            dict[int, int](),
-            dict[int, int](),
-        )
+        self._made = dict[tuple[int, int], int]()
+        self._prompts, self._cached = dict[int, int](), dict[int, int]()
         self._complete = False
 
     def close(self) -> None:
