@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autopar.core.errors import AutoparError
+from autopar.core.errors import AutoparError, BadInput
 
 if TYPE_CHECKING:
     from autopar.api.plan import Plan
 
 
 BENCHES = {
+    "device": "autopar.bench.device:device",
     "plans": "autopar.bench.plans:plans",
     "simulation": "autopar.bench.simulation:simulation",
     "solver": "autopar_solver.bench:bench_command",
@@ -85,18 +86,59 @@ def main() -> None:
 @click.option("--picture", metavar="FILE", help="draw the plan (.svg, .png, .pdf)")
 @click.option("--trace", metavar="FILE", help="write the simulated timeline as a Chrome trace")
 @click.option("--tensors", default=5, show_default=True, help="kinds of tensors to show per stage")
+@click.option("--serve", is_flag=True, help="plan how TARGET, a known model or a directory, is served")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="with --serve: of weights"
+)
+@click.option("--length", type=click.IntRange(min=1), help="with --serve: tokens of the longest sequence")
+@click.option("--prompt", type=click.IntRange(min=1), help="with --serve: tokens of the prompt that is timed")
+@click.option("--tokens", type=click.IntRange(min=1), help="with --serve: that the KV cache holds at least")
+@click.option("--throughput", is_flag=True, help="with --serve: most tokens/s, rather than least latency")
+@click.option("--latency", type=float, metavar="SECONDS", help="with --throughput: that a token may take")
+@click.option(
+    "--slack", type=float, help="with --serve: share of latency to give for a larger KV cache [0.1]"
+)
+@click.option("--across", is_flag=True, help="with --serve: let a stage span nodes")
 def plan(target: str, cluster_text: str, json_path: str | None, picture: str | None, trace: str | None,
-         tensors: int, **options: Any) -> None:  # fmt: skip
+         tensors: int, serve: bool, **options: Any) -> None:  # fmt: skip
     """Plans TARGET for a cluster; nothing of the model is allocated.
 
     TARGET is a built-in model (gpt-2.6b, moe-2.4b, wresnet-1b, opt-175b, …; `autopar models` lists them) or
     FILE.py:FUNCTION, where FILE also has a function FUNCTION_args() that returns the arguments' shapes.
     """
+    if serve:
+        return _plan_serving(target, cluster_text, json_path, picture, options)
     from autopar.cli.commands import plan_target
 
+    for name in SERVING:
+        if options.pop(name):
+            raise BadInput(f"--{name} is for plans of serving: add --serve")
     with _spinner() as say:
         found = plan_target(target, cluster_text, progress=say, **options)
     _show(found, json_path, picture, trace, tensors)
+
+
+SERVING = ("dtype", "length", "prompt", "tokens", "throughput", "latency", "slack", "across")
+"""Options of `plan` that only --serve has."""
+
+
+def _plan_serving(
+    target: str, cluster_text: str, json_path: str | None, picture: str | None, options: dict[str, Any]
+) -> None:
+    from autopar.cli.plan_serving import plan_serving
+    from autopar.core.codec import to_data
+
+    wanted = {name: options[name] for name in (*SERVING, "stages")}
+    with _spinner() as say:
+        found = plan_serving(target, cluster_text, progress=say, **wanted)
+    text = json.dumps(to_data(found)) if json_path else ""
+    click.echo(text if json_path == "-" else str(found))
+    if json_path and json_path != "-":
+        with open(json_path, "w", encoding="utf-8") as file:
+            file.write(text)
+    if picture:
+        found.picture(picture)
+        click.echo(f"picture: {picture}", err=True)
 
 
 def _show(found: Plan, json_path: str | None, picture: str | None, trace: str | None, tensors: int) -> None:
