@@ -61,6 +61,8 @@ __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "serve":  # a room that people use by its name: autopar.serve.load(...)
+        return importlib.import_module("autopar.serve")
     if name not in _WHERE:
         raise AttributeError(f"module 'autopar' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(f"autopar.{_WHERE[name]}"), name)

@@ -29,7 +29,7 @@ def load(name, *, options, chat_template, progress, **more):
     model.close = model.engine.close
     return model
 
-sys.modules["autopar.serve.load"] = types.SimpleNamespace(load=load)
+sys.modules["autopar.serve.model"] = types.SimpleNamespace(load=load)
 from autopar.cli import main
 main()
 """

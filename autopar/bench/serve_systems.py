@@ -22,7 +22,7 @@ class Autopar:
 
     def __init__(self, directory: str, threads: int):
         import autopar
-        from autopar.serve.load import load
+        from autopar.serve.model import load
 
         self.version = autopar.__version__
         self.model = load(directory)

@@ -15,7 +15,7 @@ from autopar.cluster import Cluster as Devices
 from autopar.core.errors import BadInput
 from autopar.io.huggingface import open_directory
 from autopar.models.serving import get_serving
-from autopar.serve.load import BLOCK_SIZE, NATIVE
+from autopar.serve.model import BLOCK_SIZE, NATIVE
 from autopar.serve.plan import ServingPlan, half_for, serving_plan
 
 

@@ -163,7 +163,7 @@ def _keys(options: dict[str, Any]) -> dict[str, float]:
 def _load(model: str | None, say: Callable[[str], None], **options: Any) -> Any:
     """The model, loaded."""
     from autopar.serve.engine import Options as EngineOptions
-    from autopar.serve.load import load
+    from autopar.serve.model import load
 
     template = options["chat_template"]
     return load(

@@ -1,4 +1,4 @@
-"""`autopar.serve.load`: a model on its devices, ready to generate."""
+"""A model on its devices, ready to generate: what `autopar.serve.load` returns."""
 
 from __future__ import annotations
 
