@@ -1,5 +1,6 @@
 """Hugging Face folders: tokens and logits equal transformers', slices read alone, errors that name things."""
 
+import dataclasses
 import functools
 import json
 import pickle
@@ -16,7 +17,7 @@ from autopar.io.huggingface import open_directory, open_random
 from autopar.io.safetensors import INDEX
 from autopar.io.views import View
 from autopar.io.weights import RandomWeights, by_path, read_all
-from autopar.models import decoder
+from autopar.models import decoder, get_serving
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
@@ -91,7 +92,7 @@ def theirs(model, tokens):
         return np.stack([model(t).logits[0, -NEW - 1 : -1].numpy() for t in whole])
 
 
-def ours(checkpoint):
+def ours(checkpoint, options=QUICK):
     """Returns 64 greedy tokens of each prompt and the logits they were chosen by.
 
     The prompts go in by chunks of unlike lengths, then all rows are decoded together.
@@ -104,12 +105,12 @@ def ours(checkpoint):
     tables = 1 + np.random.default_rng(0).permutation(rows * width).reshape(rows, width)
     tables = jnp.asarray(tables, jnp.int32)
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=QUICK)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def step(cache, tokens, positions, lengths):
         logits, cache = module.step(config, params, cache, tokens, positions, lengths, tables)
         return logits, decoder.greedy(logits), cache
 
-    done, last = np.zeros(rows, np.int32), np.zeros((rows, 97), np.float32)
+    done, last = np.zeros(rows, np.int32), np.zeros((rows, config.vocabulary), np.float32)
     while any(done < LENGTHS):
         lengths = np.minimum(np.asarray(LENGTHS) - done, 6).astype(np.int32)
         chunk = np.zeros((rows, 6), np.int32)
@@ -137,6 +138,28 @@ def test_tokens_and_logits_equal_transformers(kind, tmp_path):
     assert tokens == want.argmax(-1).tolist()
     np.testing.assert_allclose(logits, want, atol=1e-4, rtol=0)
     assert checkpoint.eos == (2,) and checkpoint.bos == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["opt-125m", "opt-350m"])
+def test_published_sizes_equal_transformers(name, tmp_path):
+    config = get_serving(name).config
+    torch.manual_seed(1)
+    published = transformers.OPTConfig(
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, hidden_size=config.hidden,
+        ffn_dim=4 * config.hidden, word_embed_proj_dim=config.embedding or config.hidden,
+        do_layer_norm_before=not config.post_norm,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(published).eval()
+    model.save_pretrained(tmp_path)
+    checkpoint = open_directory(tmp_path)
+    assert checkpoint.config == dataclasses.replace(
+        config, embedding=config.embedding or config.hidden, inner=4 * config.hidden
+    )
+    tokens, logits = ours(checkpoint, options=None)
+    want = theirs(model, tokens)
+    assert tokens == want.argmax(-1).tolist()
+    np.testing.assert_allclose(logits, want, atol=1e-4, rtol=0)
 
 
 # ---- slices
