@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from dataclasses import dataclass, field
@@ -13,18 +14,28 @@ from autopar.serve.batch import SCRATCH, StepBatch
 UNWRITTEN = -1
 
 
-def history_hashes(history: np.ndarray) -> list[int]:
-    """A hash of the history up to each token (FNV-1a)."""
-    hashes, seed = [], 1469598103934665603
-    for token in history.tolist():
-        seed = ((seed ^ (token + 1)) * 1099511628211) % 2**64
-        hashes.append(seed)
-    return hashes
+def history_hashes(history: np.ndarray) -> np.ndarray:
+    """A hash of the history up to each token."""
+    return _hashes(tuple(history.tolist()))
+
+
+@functools.lru_cache(1 << 16)
+def _hashes(history: tuple[int, ...]) -> np.ndarray:
+    if not history:
+        return np.zeros(0, np.uint64)
+    before = _hashes(history[:-1])
+    last = int(before[-1]) if len(before) else 1469598103934665603  # FNV-1a, token by token
+    return np.append(before, np.uint64(((last ^ (history[-1] + 1)) * 1099511628211) % 2**64))
 
 
 def history_logits(history: np.ndarray, vocabulary: int, sharpness: float = 3.0) -> np.ndarray:
     """Logits that differ for every history: a hash of it seeds them."""
-    values = np.random.Generator(np.random.Philox(history_hashes(history)[-1])).standard_normal(vocabulary)
+    return _logits(int(history_hashes(history)[-1]), vocabulary, sharpness)
+
+
+@functools.lru_cache(1 << 16)
+def _logits(seed: int, vocabulary: int, sharpness: float) -> np.ndarray:
+    values = np.random.Generator(np.random.Philox(seed)).standard_normal(vocabulary)
     return (values * sharpness).astype(np.float32)
 
 
@@ -124,7 +135,7 @@ class FakeRunner:
 
     def _check(self, table: np.ndarray, history: np.ndarray, start: int) -> None:
         """Asserts that what is read was written after the same tokens: a real state depends on them."""
-        hashes = np.array(history_hashes(history), np.uint64)
+        hashes = history_hashes(history)
         kept = self.contexts[table].reshape(-1)[:start]
         assert (kept == hashes[:start]).all(), "reads what was written after another history"
         for at in range(start, len(history)):
