@@ -55,7 +55,11 @@ class Friendly(Lazy):
 
 @click.group(
     cls=Friendly,
-    places={"serve": "autopar.cli.serve:serve", "solve": "autopar_solver.cli:solve_command"},
+    places={
+        "calibrate": "autopar.bench.calibrate:calibrate_command",
+        "serve": "autopar.cli.serve:serve",
+        "solve": "autopar_solver.cli:solve_command",
+    },
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="autopar")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from autopar.core.errors import UnknownName
+from autopar.core.codec import from_data
+from autopar.core.errors import BadInput, UnknownName
 from autopar.core.mesh import Device
 
 GIB = 1 << 30
@@ -30,9 +32,13 @@ def device(name: str) -> Device:
     FLOP/s and bytes/s are published measurements on transformer layers where there are any, else a share of
     the peak; memory is what the driver's context leaves; the link is one direction of what a ring reaches.
 
+    A path that ends in .json is a device that `autopar calibrate` measured.
+
     Raises:
-        UnknownName: no such device; the message lists close names.
+        UnknownName: no such device; the message lists close names. BadInput: a file that holds none.
     """
+    if name.endswith(".json"):
+        return _measured(name)
     base = _database()
     devices: dict[str, Any] = base["devices"]
     key = next((k for k in devices if k.lower() == name.lower()), base["aliases"].get(name.upper(), name))
@@ -55,6 +61,17 @@ def device(name: str) -> Device:
         link=1e9 * facts["link"]["nominal"] * link["effective"],
         link_latency=link["latency"],
     )
+
+
+def _measured(path: str) -> Device:
+    try:
+        return from_data(Device, json.loads(Path(path).read_text(encoding="utf-8")), path)
+    except OSError as error:
+        raise BadInput(
+            f"cannot read device {path}: {error.strerror}; `autopar calibrate` writes one"
+        ) from None
+    except ValueError as error:
+        raise BadInput(f"{path} is not JSON: {error}") from None
 
 
 def match(kind: str) -> str | None:
