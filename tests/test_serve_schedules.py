@@ -96,7 +96,7 @@ def small_runner(rng: random.Random) -> FakeRunner:
 
 def alone(request: Request) -> list[tuple]:
     """The answers with nobody beside, ample room, no prefixes kept and the prompt in one piece."""
-    bench = Bench(FakeRunner(blocks=600, new_buckets=(1, 64)), prefix_cache=False)
+    bench = Bench(FakeRunner(blocks=80, new_buckets=(1, 64)), prefix_cache=False)
     stream = bench.submit(request)
     bench.finish()
     return answers(stream)
