@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from autopar import cluster as room
-from autopar.bench.calibrate import save
+from autopar.bench.calibrate import calibrate, save
 from autopar.bench.device import compare, operators
 from autopar.core.errors import BadInput
 from autopar.core.mesh import Device
@@ -44,3 +44,9 @@ def test_all_operators_can_be_planned():
     assert len(found) == len({name for name, _, _ in found}) == 20
     for _, fun, shapes in found:
         jax.eval_shape(fun, *(jax.ShapeDtypeStruct(s, "float32") for s in shapes))
+
+
+def test_host_devices_can_be_measured():
+    found, launch = calibrate(jax.devices()[:2], "two")
+    assert found.name == "two" and found.bandwidth > 0 and found.link > 0 and launch > 0
+    assert dict(found.flops)["float32"] > 0

@@ -71,6 +71,21 @@ def _on_all(
     return max(1e-9, seconds_of(lambda: [jitted(x) for x in arrays]) - launch * len(devices))
 
 
+def _all_reduce(devices: Sequence[Any], base: Device) -> tuple[float, float]:
+    """(bytes/s, seconds) of the link between devices; the database's where there is only one."""
+    n = len(devices)
+    if n == 1:
+        return base.link, base.link_latency
+    mesh = Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
+    shard, whole = (NamedSharding(mesh, PartitionSpec(*p)) for p in (("x",), ()))
+    add = jax.jit(lambda x: x.sum(0), in_shardings=shard, out_shardings=whole)
+    small, large = 64, 1 << 20
+    times = [seconds_of(partial(add, jax.device_put(jnp.ones((n, k)), shard))) for k in (small, large)]
+    wire = [2 * (n - 1) / n * 4 * k for k in (small, large)]
+    bandwidth = (wire[1] - wire[0]) / max(times[1] - times[0], 1e-9)
+    return bandwidth, max(1e-6, (times[0] - wire[0] / bandwidth) / 2)
+
+
 def save(device: Device, path: str) -> None:
     """Writes a device as JSON; cluster files and short forms take its path for a device's name."""
     with open(path, "w", encoding="utf-8") as file:
