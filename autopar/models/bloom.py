@@ -20,6 +20,7 @@ from autopar.models.decoder import (
     product,
     take,
 )
+from autopar.models.int8 import int8_shapes
 from autopar.models.layers import cross_entropy
 from autopar.models.paged import Cache, LayerCache, alibi_slopes, cache_shapes, copy_blocks
 
@@ -38,6 +39,7 @@ class BloomConfig:
         positions: the longest sequence; ALiBi sets no limit, 2048 is what BLOOM was trained on.
         epsilon: of the norms.
         dtype, param_dtype: of activations, and of parameters as kept.
+        int8: kernels of the blocks (and an untied head) are kept in int8, as in `int8.py`.
     Raises:
         BadInput: when `heads` does not divide `hidden`.
     """
@@ -50,6 +52,7 @@ class BloomConfig:
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    int8: bool = False
 
     def __post_init__(self) -> None:
         decoder.check_heads(self.hidden, self.heads)
@@ -72,11 +75,12 @@ def parameter_shapes(config: BloomConfig) -> Params:
     params: Params = {
         f"Block_{i}": block_shapes(hidden, config.heads, inner, kind) for i in range(config.layers)
     }
-    return params | {
+    params |= {
         "embedding": jax.ShapeDtypeStruct((config.vocabulary, hidden), kind),
         "norm_embedding": norm_shapes(hidden, kind),
         "norm": norm_shapes(hidden, kind),
     }
+    return int8_shapes(params) if config.int8 else params
 
 
 def init(config: BloomConfig, key: Array) -> Params:

@@ -153,11 +153,21 @@ def linear(params: Params, x: Array, inputs: int = 1) -> Array:
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
 
 
-def product(weight: Array, x: Array, inputs: int = 1) -> Array:
-    """Returns weight · x over the last `inputs` dims of both, the dims of `x` first, in the dtype of `x`."""
+def product(weight: Array | Params, x: Array, inputs: int = 1) -> Array:
+    """Returns weight · x over the last `inputs` dims of both, the dims of `x` first, in the dtype of `x`.
+
+    A weight may be in int8 with a scale per channel, as in `int8.py`.
+    """
+    if isinstance(weight, dict):
+        y = _product(weight["int8"], x, inputs, jnp.float32)
+        return (y * weight["scale"]).astype(x.dtype)
+    return _product(weight, x, inputs, x.dtype)
+
+
+def _product(weight: Array, x: Array, inputs: int, dtype: Any) -> Array:
     over = tuple(range(weight.ndim - inputs, weight.ndim)), tuple(range(x.ndim - inputs, x.ndim))
     # The weight is the left operand: on a CPU one token's product then reads it as it lies.
-    y = jax.lax.dot_general(weight.astype(x.dtype), x, (over, ((), ())))
+    y = jax.lax.dot_general(weight.astype(x.dtype), x, (over, ((), ())), preferred_element_type=dtype)
     outer = weight.ndim - inputs
     return y.transpose(*range(outer, y.ndim), *range(outer))
 
@@ -225,7 +235,11 @@ def normal_init(shapes: Params, key: Array) -> Params:
     made = []
     for (path, leaf), leaf_key in zip(leaves, keys):
         name = path[-1].key
-        if name in ("scale", "bias"):
+        if name == "int8":
+            made.append(jax.random.randint(leaf_key, leaf.shape, -127, 128, leaf.dtype))
+        elif name == "scale" and path[-2].key in ("kernel", "head"):  # of int8, uniform in ±127
+            made.append(jnp.full(leaf.shape, 0.02 * 3**0.5 / 127, leaf.dtype))
+        elif name in ("scale", "bias"):
             made.append(jnp.full(leaf.shape, float(name == "scale"), leaf.dtype))
         else:
             made.append(0.02 * jax.random.normal(leaf_key, leaf.shape, leaf.dtype))

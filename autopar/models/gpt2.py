@@ -20,6 +20,7 @@ from autopar.models.decoder import (
     product,
     take,
 )
+from autopar.models.int8 import int8_shapes
 from autopar.models.layers import cross_entropy
 from autopar.models.paged import Cache, LayerCache, cache_shapes, copy_blocks
 
@@ -38,6 +39,7 @@ class GPT2Config:
         vocabulary, positions: 50257 and 1024 in all published sizes.
         epsilon: of the norms.
         dtype, param_dtype: of activations, and of parameters as kept.
+        int8: kernels of the blocks (and an untied head) are kept in int8, as in `int8.py`.
     Raises:
         BadInput: when `heads` does not divide `hidden`.
     """
@@ -51,6 +53,7 @@ class GPT2Config:
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    int8: bool = False
 
     def __post_init__(self) -> None:
         decoder.check_heads(self.hidden, self.heads)
@@ -74,11 +77,12 @@ def parameter_shapes(config: GPT2Config) -> Params:
     params: Params = {
         f"Block_{i}": block_shapes(hidden, config.heads, inner, kind) for i in range(config.layers)
     }
-    return params | {
+    params |= {
         "embedding": jax.ShapeDtypeStruct((config.vocabulary, hidden), kind),
         "position": jax.ShapeDtypeStruct((config.positions, hidden), kind),
         "norm": norm_shapes(hidden, kind),
     }
+    return int8_shapes(params) if config.int8 else params
 
 
 def init(config: GPT2Config, key: Array) -> Params:

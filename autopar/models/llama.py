@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from autopar.core.errors import BadInput
 from autopar.models import decoder
 from autopar.models.decoder import Mix, Params, linear, normal_init, product, rms_norm, take
+from autopar.models.int8 import int8_shapes
 from autopar.models.layers import cross_entropy
 from autopar.models.paged import Cache, LayerCache, cache_shapes, copy_blocks
 from autopar.models.rope import Rope, rotate
@@ -40,6 +41,7 @@ class LlamaConfig:
         tied: the head uses the embedding's table.
         qkv_bias, out_bias, feed_forward_bias: where products have a bias (Qwen2: the first).
         dtype, param_dtype: of activations, and of parameters as kept.
+        int8: kernels of the blocks (and an untied head) are kept in int8, as in `int8.py`.
     Raises:
         BadInput: when head counts do not divide.
     """
@@ -60,6 +62,7 @@ class LlamaConfig:
     feed_forward_bias: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    int8: bool = False
 
     def __post_init__(self) -> None:
         if not self.head_size:
@@ -102,7 +105,7 @@ def parameter_shapes(config: LlamaConfig) -> Params:
     params["norm"] = {"scale": leaf(hidden)}
     if not config.tied:
         params["head"] = leaf(config.vocabulary, hidden)
-    return params
+    return int8_shapes(params) if config.int8 else params
 
 
 def init(config: LlamaConfig, key: Array) -> Params:

@@ -20,6 +20,7 @@ from autopar.models.decoder import (
     product,
     take,
 )
+from autopar.models.int8 import int8_shapes
 from autopar.models.layers import cross_entropy
 from autopar.models.paged import Cache, LayerCache, cache_shapes, copy_blocks
 
@@ -43,6 +44,7 @@ class OPTConfig:
         inner: width of the feed-forward; None for 4 · hidden.
         dtype: dtype of activations and products.
         param_dtype: dtype in which parameters are kept.
+        int8: kernels of the blocks are kept in int8, as in `int8.py`.
     Raises:
         BadInput: when `heads` does not divide `hidden`.
     """
@@ -57,6 +59,7 @@ class OPTConfig:
     inner: int | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    int8: bool = False
 
     def __post_init__(self) -> None:
         decoder.check_heads(self.hidden, self.heads)
@@ -94,7 +97,7 @@ def parameter_shapes(config: OPTConfig) -> Params:
         params |= {"project_in": leaf(hidden, width), "project_out": leaf(width, hidden)}
     if not config.post_norm:
         params["norm"] = norm_shapes(hidden, kind)
-    return params
+    return int8_shapes(params) if config.int8 else params
 
 
 def init(config: OPTConfig, key: Array) -> Params:
