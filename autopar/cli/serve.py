@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import socket
 import time
@@ -201,6 +202,10 @@ def _greet(app: Any, listener: socket.socket, seconds: float) -> None:
     host, port, *_ = listener.getsockname()
     here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     url = f"http://{here}:{port}"
+    if not service.options.keys and not ipaddress.ip_address(host).is_loopback:
+        click.echo(
+            "anyone who can reach this port may use the model; --api-key lets in only who has a key", err=True
+        )
     key = " -H 'Authorization: Bearer KEY'" if service.options.keys else ""
     if service.template:
         path, body = "/v1/chat/completions", {"messages": [{"role": "user", "content": "What is JAX?"}]}
