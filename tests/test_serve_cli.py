@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,7 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from autopar.cli import main
-from autopar.cli.serve import Size
+from autopar.cli.serve import Size, _greet
+from autopar.serve.http.options import Options
 from autopar.serve.http.server import bind
 
 PROGRAM = f"""
@@ -90,6 +92,27 @@ def test_what_it_refuses_is_said_without_a_traceback(tmp_path: Path):
         for options, words in cases:
             result = CliRunner().invoke(main, ["serve", *options])
             assert result.exit_code and words in result.output and "Traceback" not in result.output, options
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "shown", "warns"),
+    [
+        ("127.0.0.1", (), "http://127.0.0.1:80/", False),
+        ("::1", (), "http://[::1]:80/", False),
+        ("0.0.0.0", (), "http://127.0.0.1:80/", True),
+        ("0.0.0.0", ("k",), "http://127.0.0.1:80/", False),
+    ],
+)
+def test_an_open_port_without_keys_is_warned_of(
+    host: str, keys: tuple[str, ...], shown: str, warns: bool, capsys: pytest.CaptureFixture[str]
+):
+    service = SimpleNamespace(options=Options(keys=frozenset(keys)), template=None, names=("story",))
+    app: Any = SimpleNamespace(state=SimpleNamespace(service=service))
+    listener: Any = SimpleNamespace(getsockname=lambda: (host, 80))
+    _greet(app, listener, 1.0)
+    told = capsys.readouterr()
+    assert shown in told.out and ("Bearer" in told.out) == bool(keys)
+    assert ("anyone" in told.err) == warns
 
 
 @pytest.mark.parametrize(
