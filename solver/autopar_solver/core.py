@@ -6,6 +6,7 @@ dear a choice may be follows from how HiGHS fares: twice as much when it proves 
 doesn't or when presolve leaves too much.
 """
 
+import math
 import threading
 
 import numpy as np
@@ -14,10 +15,10 @@ from autopar_solver.bounds import Dual
 from autopar_solver.compact import Compact, FloatArray
 from autopar_solver.problem import IntArray
 from autopar_solver.represolve import solve_presolved
-from autopar_solver.submilp import lower, restricted, thinned
+from autopar_solver.submilp import cost_of, lower, restricted, thinned
 
 FIRST_REACH = 1e-2
-WIDEN, NARROW, CLOSER = 2.0, 0.5, 1.3
+WIDEN, NARROW, NARROWEST, CLOSER = 2.0, 0.5, 0.1, 1.3
 MOST_COLUMNS = 120_000
 
 
@@ -44,7 +45,9 @@ class CoreSearch:
 
     def __init__(self, c: Compact, excess: FloatArray, seed: int) -> None:
         self.c, self.excess, self.seed = c, excess, seed
-        self.reach, self.proven, self.patience = 0.0, 0.0, 1.0
+        self.reach: float = 0.0
+        self.proven: float = 0.0
+        self.patience = 1.0
         self.tried, self.improved, self.columns = 0, 0, 0
 
     def improve(
@@ -58,6 +61,8 @@ class CoreSearch:
             seconds: for HiGHS.
             stop: ends the try.
         """
+        if not math.isfinite(cost_of(self.c, x)):
+            return None
         reach = min(max(self.reach, CLOSER * self.proven) or FIRST_REACH * missing, missing)
         cheap = self.excess <= reach
         cheap[self.c.off[:-1] + x] = True
@@ -77,7 +82,7 @@ class CoreSearch:
         if answer.optimal:
             self.reach, self.proven = reach * WIDEN, reach
         else:
-            self.reach = reach * NARROW
+            self.reach = reach * float(np.clip(MOST_COLUMNS / max(1, answer.columns), NARROWEST, NARROW))
             if answer.columns <= MOST_COLUMNS:
                 self.patience *= 2
         if answer.x is None or not lower(part, answer.x, old):

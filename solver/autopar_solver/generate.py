@@ -135,10 +135,48 @@ def dense_core(nodes: int = 2000, seed: int = 0) -> ChoiceProblem:
     return random_sharding(nodes, seed=seed, reach=60, extra_edges=1.0, resident=0.3, tightness=1.05)
 
 
-def large_choices(nodes: int = 400, seed: int = 0) -> ChoiceProblem:
-    """Returns a small problem whose nodes have 64 to 125 choices, tightly coupled, close to the least
-    memory.
+def large_choices(
+    nodes: int = 400, seed: int = 0, *, choices: tuple[int, int] = (30, 180), slack: float = 1.02
+) -> ChoiceProblem:
+    """Returns a small, tightly coupled problem with many choices a node and little memory to spare.
+
+    An edge lets at most one mesh axis change, so that a choice is compatible with few of a neighbour's and a
+    node can hardly move alone; choices that need little memory are dear. That there is a feasible choice is
+    known from one that was hidden; the limit is its peak.
+
+    Args:
+        nodes: how many.
+        seed: of the generator.
+        choices: the fewest and the most choices of a node.
+        slack: the limit as a multiple of the hidden choice's peak usage.
     """
-    return random_sharding(
-        nodes, seed=seed, mesh=(4, 2, 2), dims=(3, 4), reach=20, extra_edges=1.0, resident=0.5, tightness=1.02
-    )
+    rng, mesh = np.random.default_rng(seed), (4, 2, 2)
+    everything = np.array(layouts(5, len(mesh)))
+    lean = np.array([parts(tuple(row), mesh) for row in everything.tolist()])
+    sets, hidden = list[IntArray](), list[IntArray]()
+    for i in range(nodes):
+        before = hidden[i - 1] if i else everything[rng.integers(len(everything))]
+        near = everything[((everything != before).sum(axis=1) <= 1) & (lean >= lean.max() // 2)]
+        hidden.append(near[rng.integers(len(near))] if len(near) else before)
+        size = int(rng.integers(choices[0], choices[1] + 1))
+        own = everything[rng.permutation(len(everything))[: size - 1]]
+        sets.append(np.unique(np.vstack([own, hidden[i][None]]), axis=0))
+    sizes = (2 ** rng.uniform(16, 22, nodes)).astype(np.int64)
+    price = rng.uniform(0.5, 2.0, len(mesh))
+    last, edges, matrices = np.arange(nodes) + 1, list[tuple[int, int]](), list[IntArray]()
+    for i in range(1, nodes):
+        for j in {i - 1, *(int(i - 1 - rng.integers(0, min(i, 20))) for _ in range(3))}:
+            last[j] = max(last[j], i + 1)
+            edges.append((j, i))
+            changed = sets[j][:, None, :] != sets[i][None, :, :]
+            moved = (changed * price * sizes[j] * rng.uniform(0.2, 1.0)).sum(axis=2).astype(np.int64)
+            at_most = max(1, int((hidden[j] != hidden[i]).sum()))
+            matrices.append(np.where(changed.sum(axis=2) <= at_most, moved, FORBIDDEN))
+    last[rng.random(nodes) < 0.4] = nodes
+    costs, usage, used = list[IntArray](), list[list[tuple[int, int, IntArray]]](), np.zeros(nodes, np.int64)
+    for i, own in enumerate(sets):
+        cut = np.array([parts(tuple(row), mesh) for row in own.tolist()])
+        costs.append((sizes[i] * rng.uniform(0.2, 1.0, len(own)) * (1 + np.log2(cut))).astype(np.int64))
+        usage.append([(i, int(last[i]), sizes[i] // cut)])
+        used[i : last[i]] += usage[i][0][2][(own == hidden[i]).all(axis=1).argmax()]
+    return ChoiceProblem.build(costs, edges, matrices, usage, int(used.max() * slack))

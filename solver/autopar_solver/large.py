@@ -14,7 +14,7 @@ import numpy as np
 from autopar_solver.bounds import Dual
 from autopar_solver.compact import Compact, FloatArray
 from autopar_solver.core import CoreSearch, excess_costs
-from autopar_solver.kernels import Graph
+from autopar_solver.kernels import Graph, energy
 from autopar_solver.problem import IntArray
 from autopar_solver.run import Run
 from autopar_solver.search import Walker, penalised
@@ -145,7 +145,7 @@ def walk(run: Run, c: Compact, graph: Graph, board: Board, k: int, cores: CoreSe
         share = (run.elapsed() - began) / max(1e-9, run.seconds - began) / COOLING_SHARE
         hottest = abs(board.bound) * START_TEMPERATURE * 4.0 ** ((k + 1) % 3 - 1)
         behind = FALL_BEHIND * abs(board.bound) if share < 1 else 0.0
-        temperature = hottest * (1 - share) if share < 1 and walker.over <= 0 else 0.0
+        temperature = hottest * (1 - share) if share < 1 else 0.0
         if share < 1 and since.due(board, run):
             walker.restart(board.rounded)
         elif since.settled(run) and board.value < walker.best - behind:
@@ -157,7 +157,7 @@ def walk(run: Run, c: Compact, graph: Graph, board: Board, k: int, cores: CoreSe
         if board.offer(walker.best_x, walker.best):
             run.offer(c.restore(walker.best_x))
         if patches is not None and math.isfinite(board.value):
-            improve_patch(run, c, board, patches)
+            improve_patch(run, c, graph, board, patches)
         spent = on_cores > CORE_SHARE * (run.elapsed() - began)
         if cores is not None and not spent and math.isfinite(board.value):
             on_cores += improve_core(run, c, board, cores)
@@ -193,10 +193,10 @@ class Restarts:
         return run.elapsed() > self.at + SETTLING_TIME * run.seconds
 
 
-def improve_patch(run: Run, c: Compact, board: Board, patches: SubMilp) -> None:
+def improve_patch(run: Run, c: Compact, graph: Graph, board: Board, patches: SubMilp) -> None:
     """Frees one neighbourhood of the best choice; HiGHS may take about as long as a search chunk or two."""
     better = patches.improve(board.x, board.price, min(run.left(), PATCH_SECONDS), board.stop)
-    if better is not None and board.offer(better, cost_of(c, better) - c.const):
+    if better is not None and board.offer(better, energy(graph, c.cost, better)):
         run.offer(c.restore(better))
 
 

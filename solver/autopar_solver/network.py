@@ -159,9 +159,10 @@ class Network:
     def follow(self, i: int, better: npt.NDArray[np.bool_], keep: npt.NDArray[np.bool_]) -> None:
         """Moves a node's current choice, if it is dropped, to one that stands in for it (better[s, r])."""
         if self.current is not None:
-            s = int(np.searchsorted(self.label[i], self.current[i]))
+            s = int(np.searchsorted(self.label[i], int(self.current[i])))
             if not keep[s]:
-                self.current[i] = self.label[i][(better[s] & keep).argmax()]
+                stands_in: IntArray = np.flatnonzero(better[s] & keep)
+                self.current[i] = self.label[i][stands_in[0]]
 
     def count(self, what: str, by: int = 1) -> None:
         """Counts a reduction, for the log."""

@@ -5,15 +5,19 @@ Arrays are int64 and C-contiguous, so that every loop is compiled once.
 """
 
 import numpy as np
+import numpy.typing as npt
 
 from autopar_solver.jit import jit
+from autopar_solver.problem import IntArray
+
+BoolArray = npt.NDArray[np.bool_]
 
 INF = 2**61
 BLOCKED = 2**60
 
 
 @jit
-def row_facts(m):
+def row_facts(m: IntArray) -> tuple[BoolArray, IntArray, int]:
     """Returns (which rows have an entry that isn't forbidden, the column of it, number of such entries).
 
     The columns are an empty array if some row has none or several.
@@ -36,7 +40,7 @@ def row_facts(m):
 
 
 @jit
-def splits(m) -> bool:
+def splits(m: IntArray) -> bool:
     """Whether m[s, t] = a[s] + b[t] for some a and b, nothing being forbidden."""
     rows, columns = m.shape
     for c in range(columns):
@@ -51,7 +55,7 @@ def splits(m) -> bool:
 
 
 @jit
-def kinds_of_rows(m):
+def kinds_of_rows(m: IntArray) -> tuple[IntArray, IntArray]:
     """Returns (first row of each kind, kind of every row); equal rows are of one kind."""
     rows, columns = m.shape
     buckets = 4
@@ -88,7 +92,7 @@ def kinds_of_rows(m):
 
 
 @jit
-def gains(m):
+def gains(m: IntArray) -> IntArray:
     """Returns [s, r]: the least that moving the row end from s to r saves, whatever the column is; -INF if it
     may break.
 
@@ -128,7 +132,7 @@ def gains(m):
 
 
 @jit
-def start_dominance(cost, usage):
+def start_dominance(cost: IntArray, usage: IntArray) -> tuple[BoolArray, IntArray, bool]:
     """Returns (better, saves, any): may r stand in for s by memory alone, and what it saves at the node."""
     k = len(cost)
     better = np.ones((k, k), np.bool_)
@@ -148,7 +152,7 @@ def start_dominance(cost, usage):
 
 
 @jit
-def narrow_dominance(better, saves, gain) -> bool:
+def narrow_dominance(better: BoolArray, saves: IntArray, gain: IntArray) -> bool:
     """Adds what an edge saves, and drops the pairs it may break; returns whether a pair is left."""
     k = len(better)
     some = False
@@ -162,7 +166,7 @@ def narrow_dominance(better, saves, gain) -> bool:
 
 
 @jit
-def undominated(better, saves):
+def undominated(better: BoolArray, saves: IntArray) -> tuple[BoolArray, int]:
     """Drops pairs that cost; returns (keep, how many are dropped).
 
     One of those that dominate each other is kept.

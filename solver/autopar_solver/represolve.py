@@ -24,9 +24,10 @@ def network_of_compact(c: Compact, x: IntArray | None = None) -> Network:
     x: a feasible choice to keep representable.
     """
     items: list[list[Item]] = [list[Item]() for _ in range(c.n)]
-    for q, i in enumerate(c.item_node.tolist()):
-        usage = c.iu[c.ioff[q] : c.ioff[q] + c.k[i]].astype(np.int64)
-        items[i].append((int(c.ibeg[q]), int(c.iend[q]), usage))
+    for q in range(len(c.item_node)):
+        i = int(c.item_node[q])
+        usage: IntArray = c.iu[c.ioff[q] : c.ioff[q] + c.k[i]].astype(np.int64)
+        items[i] += [(int(c.ibeg[q]), int(c.iend[q]), usage)]
     net = Network(
         np.split(whole(c.cost), c.off[1:-1]),
         [np.arange(k, dtype=np.int64) for k in c.k.tolist()],
@@ -62,36 +63,44 @@ class Answer:
 
 
 def solve_presolved(
-    c: Compact, x: IntArray, seconds: float, seed: int, most_columns: int, stop: threading.Event | None = None
+    c: Compact,
+    x: IntArray | None,
+    seconds: float,
+    seed: int,
+    most_columns: int,
+    stop: threading.Event | None = None,
 ) -> Answer:
-    """Returns the best choice HiGHS finds for a small problem after presolve, starting from x (feasible).
+    """Returns the best choice HiGHS finds for a small problem after presolve, starting from x, if given.
 
     Nothing is tried if presolve leaves more than most_columns.
     """
     try:
         small = compact(reduce_network(network_of_compact(c, x)))
-    except InfeasibleProblem:  # can only be round-off: x is feasible
-        return Answer(None, False, 0)
+    except InfeasibleProblem:
+        return Answer(None, True, 0)
     if small.n == 0:
         return Answer(small.restore(small.nodes), True, 0)
     columns = size_of(small)
     if columns > most_columns:
         return Answer(None, False, columns)
-    assert small.network.current is not None
     exact = Exact(small, seconds, seed, 1e-6)
     if stop is not None:
         exact.stopped = stop
-    outcome = exact.run(start_of(small))
+    outcome = exact.run(None if x is None else start_of(small))
     found = None if outcome.x is None else small.restore(outcome.x)
-    return Answer(found, outcome.optimal, columns)
+    return Answer(found, outcome.optimal or outcome.infeasible, columns)
 
 
 def start_of(small: Compact) -> IntArray:
     """Returns the current choice of a reduced network as an index per node left."""
     current = small.network.current
     assert current is not None
-    found = [np.searchsorted(small.network.label[i], current[i]) for i in small.nodes.tolist()]
-    return np.array(found, np.int64)
+    start = np.zeros(small.n, np.int64)
+    for a, i in enumerate(small.nodes.tolist()):
+        label = small.network.label[int(i)]
+        start[a] = np.searchsorted(label, current[int(i)])
+        assert label[start[a]] == current[int(i)]
+    return start
 
 
 def size_of(c: Compact) -> int:

@@ -11,7 +11,8 @@ from autopar_solver.problem import IntArray
 from autopar_solver.search_kernels import search
 
 CHUNK_SECONDS = 0.4
-LARGEST_TREE = 400.0
+LARGEST_TREE, TREE_WORK = 400.0, 1e6
+FIRST_WEIGHT, HEAVIER, LONG = 1.0, 1.5, 20
 
 
 def penalised(c: Compact) -> Graph:
@@ -31,6 +32,12 @@ def _edge_sums(c: Compact, fill: float, pick: np.ufunc) -> float:
     return float(pick.reduceat(entries, c.eoff).sum() / 2)
 
 
+def largest_tree(c: Compact) -> float:
+    """Returns how many nodes a tree may have: fewer where tables are large, so that moves stay many."""
+    table = (c.ncls * c.ncls[c.rev]).mean() if len(c.nbr) else 1.0
+    return float(np.clip(TREE_WORK / table, 12.0, LARGEST_TREE))
+
+
 class Walker:
     """One search trajectory. `chunk` makes moves for a moment; the best feasible choice met is kept in
     best_x.
@@ -40,6 +47,9 @@ class Walker:
         self.c, self.g, self.mem = c, graph, memory_of(c)
         self.seed, self.chunks, self.moves, self.total_moves = seed, 0, 200, 0
         self.best, self.best_x = math.inf, x.copy()
+        self.largest_tree = largest_tree(c)
+        self.penalty = float(graph.entry[~np.isfinite(c.entry)].min(initial=math.inf))
+        self.weight = FIRST_WEIGHT * float(c.cost.max()) / max(1.0, float(c.iu.max(initial=1.0)))
         self.move_to(x)
 
     def move_to(self, x: IntArray) -> None:
@@ -61,7 +71,7 @@ class Walker:
         seed = (self.seed * 1_000_003 + self.chunks) % 2**31
         self.value, self.over, best, best_x = search(
             self.g, self.c.cost, self.mem, price, self.x, self.used, self.value, self.over,
-            moves or self.moves, LARGEST_TREE, seed, temperature,
+            moves or self.moves, self.largest_tree, seed, temperature, self._weigh(),
         )  # fmt: skip
         self._keep(best, best_x)
         self.chunks += 1
@@ -71,6 +81,18 @@ class Walker:
             np.clip(self.moves * np.clip(CHUNK_SECONDS / max(took, 1e-3), 0.3, 3.0), 50, 200_000)
         )
         return self.best
+
+    def _weigh(self) -> float:
+        """Returns what a unit of overuse costs in the next chunk; 0 keeps memory apart from cost.
+
+        It is priced where memory can be kept only with forbidden pairs, or isn't for long: the price rises
+        while memory is overused and falls while only forbidden pairs are left.
+        """
+        stuck = self.best >= self.penalty if math.isfinite(self.best) else self.chunks > LONG
+        if not stuck:
+            return 0.0
+        self.weight *= HEAVIER if self.over > 0 else 1 / HEAVIER
+        return self.weight
 
     def _keep(self, value: float, x: IntArray) -> None:
         if value < self.best:

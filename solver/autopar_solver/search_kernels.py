@@ -186,11 +186,13 @@ def search(
     most: float,
     seed: int,
     temperature: float,
+    weight: float,
 ) -> tuple[float, float, float, IntArray]:
     """Makes moves from x (changed in place with used); returns (value, over, best value, best x).
 
-    value, over: cost and total overuse of x. While memory is overused, moves lower the overuse; after that
-    they keep the limit. best value is inf if no feasible choice was met.
+    value, over: cost and total overuse of x. With a weight of 0, moves lower the overuse while there is any,
+    and keep the limit after that. With a weight, overuse costs that much a unit, and moves may trade it for
+    cost (strategic oscillation, Glover 1989). best value is inf if memory was never kept.
     """
     np.random.seed(seed)
     n = len(g.k)
@@ -226,12 +228,18 @@ def search(
             change = change_in_cost(g, cost, x, new, size, tree, place)
             take = (
                 over > 0
+                or weight > 0
                 or change <= 0
                 or (temperature > 0 and np.random.random() < np.exp(-change / temperature))
             )
             if take:
                 more = move_usage(mem, used, x, new, size, tree, 1.0)
-                if over <= 0:
+                if weight > 0:
+                    worse = change + weight * more
+                    take = worse <= 0 or (
+                        temperature > 0 and np.random.random() < np.exp(-worse / temperature)
+                    )
+                elif over <= 0:
                     take = more <= 0.0
                 else:
                     take = more < 0.0 or (more <= 0.0 and change <= 0)

@@ -120,9 +120,9 @@ def likely_choices(c: Compact, x: IntArray, price: FloatArray, most: int) -> lis
     return out
 
 
-def patch(c: Compact, rng: np.random.Generator, size: int) -> IntArray:
-    """Returns up to `size` nodes around a random one, nearer ones first."""
-    root = int(rng.integers(c.n))
+def patch(c: Compact, rng: np.random.Generator, size: int, root: int | None = None) -> IntArray:
+    """Returns up to `size` nodes around one (a random one if none is given), nearer ones first."""
+    root = int(rng.integers(c.n)) if root is None else root
     taken, order = {root}, [root]
     for i in order:
         around = c.nbr[c.ptr[i] : c.ptr[i + 1]].tolist()
@@ -163,18 +163,19 @@ class SubMilp:
     def improve(
         self, x: IntArray, price: FloatArray, seconds: float, stop: threading.Event | None = None
     ) -> IntArray | None:
-        """Returns a better feasible choice near x (which is feasible), or None; takes at most about
-        `seconds`.
+        """Returns a better choice near x, which keeps the memory limit, or None; takes about `seconds`.
+
+        If x takes forbidden pairs, a neighbourhood of one is freed, and better is to take none there.
         """
         size = int(min(self.size * SPREAD ** -self.rng.random(), self.c.n))
-        choose = self.rng.random() < 0.5 and self.c.segments > 0
-        free = rivals(self.c, self.rng, size, self.c.usage(x)) if choose else patch(self.c, self.rng, size)
+        free = self._neighbourhood(x, size)
         whole = restricted(self.c, free, x)
         keep = likely_choices(whole, x[free], price, int(self.rng.choice(CHOICES_KEPT)))
         part = thinned(whole, keep)
         old = np.array([np.searchsorted(chosen, x[i]) for chosen, i in zip(keep, free.tolist())], np.int64)
         self.tried += 1
-        answer = solve_presolved(part, old, seconds, self.seed + self.tried, self.most_columns, stop)
+        start = old if math.isfinite(cost_of(part, old)) else None
+        answer = solve_presolved(part, start, seconds, self.seed + self.tried, self.most_columns, stop)
         self.size = float(np.clip(self.size * (1.15 if answer.optimal else 0.85), SMALLEST, LARGEST))
         if answer.x is None or not lower(part, answer.x, old):
             return None
@@ -183,16 +184,34 @@ class SubMilp:
         better[free] = [chosen[s] for chosen, s in zip(keep, answer.x.tolist())]
         return better
 
+    def _neighbourhood(self, x: IntArray, size: int) -> IntArray:
+        broken = forbidden_ends(self.c, x)
+        if len(broken):
+            return patch(self.c, self.rng, size, int(self.rng.choice(broken)))
+        if self.rng.random() < 0.5 and self.c.segments > 0:
+            return rivals(self.c, self.rng, size, self.c.usage(x))
+        return patch(self.c, self.rng, size)
+
 
 def lower(c: Compact, new: IntArray, old: IntArray) -> bool:
     """Whether a feasible choice costs less than another."""
     return cost_of(c, new) < cost_of(c, old) and bool((c.usage(new) <= c.cap).all())
 
 
+def pair_costs(c: Compact, x: IntArray) -> FloatArray:
+    """Returns the cost of a choice on every edge of c.edges, inf where it is forbidden."""
+    e = c.edges
+    own = c.cls[c.coff[e] + x[c.half_edge_node[e]]]
+    other = c.cls[c.coff[c.rev[e]] + x[c.nbr[e]]]
+    return c.entry[c.eoff[e] + own * c.ncls[c.rev[e]] + other]
+
+
+def forbidden_ends(c: Compact, x: IntArray) -> IntArray:
+    """Returns the nodes at the ends of forbidden pairs."""
+    broken = c.edges[np.isinf(pair_costs(c, x))]
+    return np.unique(np.concatenate([c.half_edge_node[broken], c.nbr[broken]]))
+
+
 def cost_of(c: Compact, x: IntArray) -> float:
     """Returns the cost of a choice per node, inf if it takes a forbidden pair."""
-    total = float(c.cost[c.off[:-1] + x].sum()) + float(c.const)
-    for e in c.edges.tolist():
-        own, other = c.classes(e)[x[c.half_edge_node[e]]], c.classes(int(c.rev[e]))[x[c.nbr[e]]]
-        total += float(c.table(e)[own, other])
-    return total if math.isfinite(total) else math.inf
+    return float(c.cost[c.off[:-1] + x].sum() + pair_costs(c, x).sum()) + float(c.const)
