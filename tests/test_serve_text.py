@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -86,8 +86,11 @@ def test_pieces_joined_are_the_whole_text_even_of_nonsense(ids, sizes):
 
 
 @settings(max_examples=150, deadline=None)
+@example(items=["0", "0", "\U00010000", "\U00010000"], sizes=random.Random(0))
 @given(
-    items=st.lists(st.one_of(st.characters(codec="utf-8"), st.integers(257, 263)), max_size=40),
+    items=st.lists(
+        st.one_of(st.characters(codec="utf-8", exclude_characters="�"), st.integers(257, 263)), max_size=40
+    ),
     sizes=st.randoms(use_true_random=False),
 )
 @pytest.mark.parametrize("kind", KINDS)

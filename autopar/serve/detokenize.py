@@ -44,7 +44,10 @@ class Detokenizer:
 
     def add(self, tokens: Sequence[int]) -> str:
         """Returns the text that is certain now that these tokens have come."""
-        self._ids.extend(tokens)
+        return "".join([self._add(token) for token in tokens])  # one by one, not to miss where one is whole
+
+    def _add(self, token: int) -> str:
+        self._ids.append(token)
         text = self._decode(self._ids)
         settled = len(text.rstrip(_BROKEN))
         hopeless = len(self._ids) - self._whole > _PATIENCE
@@ -56,7 +59,7 @@ class Detokenizer:
             self._move(self._whole)
             self._whole = len(self._ids)
         elif hopeless:
-            self._move(len(self._ids) - _PATIENCE)
+            self._move(len(self._ids) - _WINDOW)  # which may cut a character, but there is none in sight
         return piece
 
     def finish(self) -> str:
