@@ -159,6 +159,56 @@ def test_megatron_costs_what_it_does_on_paper():
     assert kinds == ["all-gather", "reduce-scatter"]
 
 
+def test_a_grid_of_data_and_model_axes_costs_no_more_than_on_paper():
+    """Batch over x (2, slow), hidden over y (4, fast): gradients are reduced over x, activations over y."""
+    batch, width, hidden = 1 << 15, 512, 1024
+    g = mlp(batch, width, hidden)
+    inner = (("x",), ("y",))  # of h and its cotangent
+    pins = (
+        (0, ((), ("y",))),
+        (1, (("y",), ())),
+        (2, (("x",), ())),
+        (3, (("x",), ())),
+        (4, inner),
+        (8, inner),
+    )
+    x, w, h = 4.0 * batch * width / 2, 4.0 * width * hidden / 4, 4.0 * batch * hidden / 8
+    dot = product(2.0 * batch * width * hidden / 8, x, w, h)
+    update = 0.5 * w / MEMORY_BANDWIDTH
+    error = 0.5 * x / 4 / MEMORY_BANDWIDTH
+    over_y = half_all_reduce(x, 4, 1e11, 5e-6)
+    over_x = half_all_reduce(w, 2, 1e10, 2e-5)
+    found = plan(g, whole(g), square(), Options(pinned=pins, gap=0.0))
+    paper = 5 * dot + 2 * update + error + 2 * over_y + 2 * 2 * over_x
+    assert found.objective <= paper * (1 + 1e-9)  # what the pins leave open may be done better than on paper
+    assert found.objective == pytest.approx(paper, rel=0.05)
+
+
+def test_an_attention_block_costs_what_it_does_on_paper():
+    """Heads over 4 devices: products are cut in 4, and the sum of the last one is all-reduced."""
+    batch, time, heads, size, n = 2, 64, 16, 128, 4
+    width = heads * size
+    b = Builder()
+    x = b.value(batch, time, width)
+    wq, wk, wv = (b.value(width, heads, size) for _ in range(3))
+    wo = b.value(heads, size, width)
+    q, k, v = (b.matmul("bqd,dhs->bqhs", x, w) for w in (wq, wk, wv))
+    scores = b.matmul("bqhs,bkhs->bhqk", q, k)
+    weights = b.op("bhqk->bhqk", scores, name="exp")
+    mixed = b.matmul("bhqk,bkhs->bqhs", weights, v)
+    out = b.matmul("bqhs,hsd->bqd", mixed, wo)
+    g = b.graph([x, wq, wk, wv, wo], [out], batch=(x,))
+    cut = ((), ("x",), ())
+    pins = ((x, ((),) * 3), *((w, cut) for w in (wq, wk, wv)), (wo, (("x",), (), ())), (out, ((),) * 3))
+    found = plan(g, whole(g), line(n), Options(pinned=pins, gap=0.0))
+    whole_x, part, weight = 4.0 * batch * time * width, batch * time * width / n, 4.0 * width * width / n
+    square = 4.0 * batch * heads * time * time / n
+    projection = product(2.0 * part * width, whole_x, weight, 4 * part)
+    attention = product(2.0 * part * time, 4 * part, 4 * part, square)
+    paper = 4 * projection + 2 * attention + 0.5 * square / MEMORY_BANDWIDTH + 2 * half_all_reduce(whole_x, n)
+    assert found.objective == pytest.approx(paper, rel=1e-9)
+
+
 def test_the_planner_picks_the_cheaper_of_the_two():
     wide, tall = mlp(64, 1024, 4096), mlp(1 << 16, 256, 512)
     assert plan(wide, whole(wide), line()).layout[0] == ((), ("x",))  # tensor parallel
