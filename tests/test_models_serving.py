@@ -88,6 +88,8 @@ def test_mixed_steps_equal_forward(name):
     every = driver.step([(0, 10, 3), (1, 13, 4)], 4, every=True)
     near(every[0, :3], want[0, 10:13])
     near(every[1], want[1, 13:17])
+    # Padding beyond the end of a full table lands in no block of the row.
+    near(driver.step([(0, 13, 7)], 16), want[[0], [19]])
 
 
 def test_forks_copy_a_block():
