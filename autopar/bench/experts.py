@@ -35,6 +35,9 @@ TENSOR_PARALLEL: tuple[tuple[str, int], ...] = (
 )
 """Megatron's choice (Shoeybi et al. 2019) by the end of a parameter's path: the dim that is cut."""
 
+CACHE = r"cache"
+"""Keys and values [batch, heads, time, size] of earlier tokens."""
+
 EXPERT_PARALLEL = r"'experts'\]\['(up|down)'"
 STACKED = r"\['Blocks'\]"
 
@@ -75,6 +78,8 @@ class Expert:
     def _model(self, graph: Graph, v: int, mesh: Mesh) -> Spec:
         value = graph.values[v]
         spec = replicated(len(value.shape))
+        if re.search(CACHE, value.name) and len(value.shape) == 4:
+            return _cut(value.shape, 1, self.model, mesh, _cut(value.shape, 0, self.data, mesh, spec))
         if self.experts and re.search(EXPERT_PARALLEL, value.name):
             spec = _cut(value.shape, 0, self.experts, mesh, spec)
         rest = tuple(a for a in self.model if a not in {a for dim in spec for a in dim})

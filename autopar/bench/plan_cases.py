@@ -54,7 +54,13 @@ def _wide_resnet(unit: int) -> Case:
 
 
 def _decode(unit: int) -> Case:
-    sizes = {"layers": 2, "hidden": 64 * unit, "heads": unit, "vocabulary": 1024 * unit}
+    sizes = {
+        "layers": 2,
+        "hidden": 64 * unit,
+        "heads": unit,
+        "vocabulary": 1024 * unit,
+        "positions": 64 * unit,
+    }
     return Case(
         "opt-decode",
         catalog.get_decode("opt-tiny", batch=2 * unit, length=64 * unit, dtype="float32", **sizes),
