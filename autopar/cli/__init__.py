@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BENCHES = {
     "device": "autopar.bench.device:device",
+    "load-memory": "autopar.bench.load_memory:load_memory",
     "plans": "autopar.bench.plans:plans",
     "simulation": "autopar.bench.simulation:simulation",
     "solver": "autopar_solver.bench:bench_command",

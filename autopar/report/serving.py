@@ -46,7 +46,7 @@ def _stages(plan: Serving) -> Table:
     for name in ("stage", "layers", "devices", "node"):
         table.add_column(name)
     for name in ("weights", "cache", "work", "of", "room for", "one token"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("cut over devices")
     for s, (stage, room) in enumerate(zip(plan.decode.stages, plan.rooms, strict=True)):
         held = [size(x) for x in (room.weights, plan.blocks * room.block, room.workspace, room.limit)]

@@ -1,0 +1,63 @@
+"""`autopar.serve.load`: what it generates, on one device and over unlike stages; what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+import autopar
+from autopar.core.errors import BadInput, DoesNotFit, UnknownName
+from autopar.serve import Buckets
+
+BUCKETS = Buckets(rows=(1, 4), new=(16,), blocks=(8,), tokens=64)
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8], [1]]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with autopar.serve.load("opt-tiny", weights="random", buckets=BUCKETS, tokens=512) as model:
+        yield model
+
+
+def test_prompts_of_unlike_lengths_generate_alone_and_together(alone):
+    together = alone.generate(PROMPTS, max_new_tokens=6)
+    assert together == [alone.generate(p, max_new_tokens=6) for p in PROMPTS]
+    assert [len(ids) for ids in together] == [len(p) + 6 for p in PROMPTS]
+    assert list(alone.stream(PROMPTS[0], max_new_tokens=6)) == together[0][3:]
+
+
+def test_samples_repeat_for_a_seed_and_beams_come_best_first(alone):
+    sampled = [alone.generate(PROMPTS[0], max_new_tokens=6, do_sample=True, seed=s) for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    beams = alone.generate(PROMPTS[0], max_new_tokens=4, num_beams=3, num_return_sequences=2)
+    assert len(beams) == 2 and beams[0] != beams[1]
+
+
+def test_what_cannot_be_is_refused_by_name(alone):
+    with pytest.raises(BadInput, match="no option 'tempreature'"):
+        list(alone.stream([1], tempreature=1.0))
+    with pytest.raises(BadInput, match="all the same"):
+        alone.generate([1], num_return_sequences=2)
+    with pytest.raises(BadInput, match="known by its shapes only"):
+        autopar.serve.load("opt-125m")
+    with pytest.raises(UnknownName, match="opt-125m"):
+        autopar.serve.load("opt-126m")
+    with pytest.raises(BadInput, match="Pass cluster="):
+        autopar.serve.load("opt-tiny", weights="random", backend=autopar.Ray(emulate=True))
+
+
+def test_uneven_stages_generate_the_same(alone):
+    cluster = "1xA100-40GB,1xV100-16GB,1xT4"
+    with autopar.serve.load(
+        "opt-tiny", weights="random", buckets=BUCKETS, tokens=512, cluster=cluster, stages=3
+    ) as model:
+        runner = model.engine.runner
+        assert runner.groups == 3
+        assert model.generate(PROMPTS, max_new_tokens=6) == alone.generate(PROMPTS, max_new_tokens=6)
+        assert "3 stages" in str(model.plan) and model.plan_svg().lstrip().startswith("<?xml")
+
+
+def test_a_cluster_that_is_too_small_says_so(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text("nodes: [{device: T4, memory: 0.5MB}]")
+    with pytest.raises(DoesNotFit, match="are missing"):
+        autopar.serve.load("opt-tiny", weights="random", cluster=str(path))
