@@ -41,7 +41,7 @@ def plans(name: str) -> list[ServingPlan]:
             found.append(plan_serving(name, cluster))
             CONSOLE.print(f"{cluster}: planned in {time.monotonic() - began:.1f} s")
         except DoesNotFit as error:
-            CONSOLE.print(f"{cluster}: {error}")
+            CONSOLE.print(f"{cluster}: refused in {time.monotonic() - began:.1f} s: {error}")
     return found
 
 

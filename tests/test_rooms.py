@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ABOVE = "autopar_solver core cluster sharding stages program memory report trace runtime api models io"
 ROOMS = [*ABOVE.split(), "serve", "swarm", "bench", "cli"]
 OUTSIDE = {
-    "jax": {"trace", "runtime", "api", "models", "io", "serve/engine", "swarm/server", "bench"},
+    "jax": {"trace", "runtime", "api", "models", "io", "swarm/server", "bench"},
     "ray": {"runtime/ray_backend"},
     "cvxpy": {"autopar_solver"},
     "highspy": {"autopar_solver"},
