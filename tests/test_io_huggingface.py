@@ -5,6 +5,7 @@ import functools
 import json
 import pickle
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -387,6 +388,17 @@ def test_chat_templates_and_ends_are_found(saved, tmp_path):
     assert open_directory(folder).chat_template == "own"
     (folder / "tokenizer.model").write_bytes(b"")
     with pytest.raises(BadInput, match=r"tokenizer\.model only"):
+        open_directory(folder)
+
+
+@pytest.mark.parametrize("package", ["safetensors", "tokenizers"])
+def test_a_package_that_is_missing_is_named(package, saved, tmp_path, monkeypatch):
+    folder = broken(saved, tmp_path)
+    tokens = {"a": 0, "</s>": 1}
+    (folder / "vocab.json").write_text(json.dumps(tokens))
+    (folder / "merges.txt").write_text("")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(BadInput, match=rf"needs {package}; install it: pip install .autopar\[serve\]"):
         open_directory(folder)
 
 

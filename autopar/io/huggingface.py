@@ -61,8 +61,10 @@ class Checkpoint:
         """Returns the tokenizer, None when there is none."""
         if self.tokenizer is None:
             return None
-        from tokenizers import Tokenizer
-
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise BadInput('text needs tokenizers; install it: pip install "autopar[serve]"') from None
         return Tokenizer.from_str(self.tokenizer)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401 - makes numpy know bfloat16, which safetensors gives
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from autopar.core.errors import BadInput
 from autopar.io.names import Names
@@ -133,6 +132,12 @@ def _prefix(names: Names, stored: Mapping[str, Any], folder: Path) -> str:
 
 
 def _open_file(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise BadInput(
+            'opening it needs safetensors; install it: pip install "autopar[serve]"'
+        ) from None
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:

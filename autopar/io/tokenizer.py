@@ -52,7 +52,10 @@ def byte_pairs(
         digits: make a piece of each digit before pairs are merged.
         first: token put before every text.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    try:
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    except ImportError:
+        raise BadInput('text needs tokenizers; install it: pip install "autopar[serve]"') from None
 
     made = Tokenizer(models.BPE(vocab=dict(vocabulary), merges=list(merges)))
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
