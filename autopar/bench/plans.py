@@ -17,6 +17,7 @@ from autopar.bench.plan_cases import CASES, case, mesh_of
 from autopar.bench.plan_cell import Cell, Row, cell
 from autopar.bench.score import geometric_mean
 from autopar.cluster.units import bandwidth
+from autopar.core.errors import PlanError
 
 
 @click.command()
@@ -42,8 +43,12 @@ def plans(
     console, found = Console(width=150), list[Cell]()
     for name in models or tuple(CASES):
         for text, mesh in shapes:
-            with console.status("") as status:
-                found.append(cell(case(name, mesh.size), mesh, text, steps, status.update))
+            try:
+                with console.status("") as status:
+                    found.append(cell(case(name, mesh.size), mesh, text, steps, status.update))
+            except PlanError as error:
+                console.print(f"{name} on {text}: {error}")
+                continue
             console.print(table(found[-1], mesh.names))
             for expert, why in found[-1].failed:
                 console.print(f"  {expert}: not judged: {why}")

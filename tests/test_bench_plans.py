@@ -1,0 +1,86 @@
+"""The plan benchmark: what experts pin, and one cell from plan to compiled program."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from autopar.bench.experts import Expert, experts, residual
+from autopar.bench.plan_cases import case, mesh_of
+from autopar.bench.plan_cell import Bench, Cell, keepable
+from autopar.bench.plans import errors, summary
+from autopar.core.errors import BadInput
+from autopar.sharding.explain import tokens
+
+MESH = mesh_of("2x4", "V100-16GB", 12.5e9)
+
+
+@functools.cache
+def bench(name: str) -> Bench:
+    return Bench.of(case(name, 8), MESH)
+
+
+def pinned(name: str, expert: Expert) -> dict[str, Any]:
+    """Path of each pinned parameter and batch entry → layout."""
+    b = bench(name)
+    pins = expert.pins(b.graph, MESH, b.case.hidden)
+    assert keepable(b.graph, MESH, pins) == pins, "sizes are chosen so that axes divide them"
+    return {"/".join(tokens(b.graph.values[v].name)): spec for v, spec in pins if b.graph.values[v].name}
+
+
+def test_a_mesh_says_which_axis_is_slow():
+    slow, fast = MESH.axes
+    assert (slow.size, fast.size) == (2, 4) and slow.bandwidth < fast.bandwidth
+    assert mesh_of("1x8", "A100-40GB", 1e9).shape == (8,)
+    with pytest.raises(BadInput, match="2x4"):
+        mesh_of("two", "V100-16GB", 1e9)
+
+
+def test_megatron_cuts_heads_and_inner_widths():
+    found = pinned("gpt", Expert("", ("x",), ("y",)))
+    block = "state/params/Block_1"
+    assert found[f"{block}/attention/query/kernel"] == ((), ("y",), ())
+    assert found[f"{block}/attention/query/bias"] == (("y",), ())
+    assert found[f"{block}/attention/out/kernel"] == (("y",), (), ())
+    assert found[f"{block}/attention/out/bias"] == ((),)
+    assert found[f"{block}/feed_forward/up/kernel"] == ((), ("y",))
+    assert found[f"{block}/feed_forward/up/bias"] == (("y",),)
+    assert found[f"{block}/feed_forward/down/kernel"] == (("y",), ())
+    assert found["state/params/embedding/embedding"] == (("y",), ())
+    assert found["state/optimizer/1/0/mu/Block_1/feed_forward/up/kernel"] == ((), ("y",))
+    assert found["batch/tokens"] == (("x",), ())
+
+
+def test_zero_cuts_what_it_says():
+    two = pinned("gpt", Expert("", ("x", "y"), zero=("x", "y")))
+    three = pinned("gpt", Expert("", ("x", "y"), zero=("x", "y"), whole=True))
+    name = "Block_0/feed_forward/up/kernel"
+    assert two[f"state/params/{name}"] == ((), ())
+    assert two[f"state/optimizer/1/0/mu/{name}"] == three[f"state/params/{name}"] == ((), ("x", "y"))
+
+
+def test_the_residual_stream_is_found_and_cut_along_the_sequence():
+    b = bench("gpt")
+    stream = residual(b.graph, 512)
+    assert len(stream) >= 4, "two sums in each of two blocks"
+    pins = dict(Expert("", ("x",), ("y",), sequence=True).pins(b.graph, MESH, 512))
+    assert {pins[v] for v in stream} == {(("x",), ("y",), ())}
+
+
+def test_a_grid_of_two_axes_has_both_orders():
+    names = [e.name for e in experts(MESH, True)]
+    assert "data x × model y" in names and "data y × model x" in names and "expert parallel" in names
+    assert len(names) == len(set(names))
+
+
+def test_a_cell_from_plan_to_compiled_program():
+    b = bench("mlp")
+    automatic = b.automatic()
+    rows = [run() for run in b.judge(Expert("data x × model y", ("x",), ("y",)))]
+    found = Cell("mlp", "2x4", automatic, tuple(rows), ())
+    assert found.ratio <= 1.0 and {row.variant for row in rows} == {"as written", "rest planned"}
+    wire, memory = errors(found)
+    assert abs(wire) < 0.01 and abs(memory) < 0.1
+    assert summary([found]).row_count == 1
