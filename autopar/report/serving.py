@@ -104,15 +104,16 @@ def rate(value: float) -> str:
 
 def serving_picture(plans: Sequence[Serving], path: str) -> None:
     """Draws what every stage's devices hold, one row of bars per plan, to *.svg, *.png or *.pdf."""
-    rows = [0.7 + 0.3 * len(plan.rooms) for plan in plans]
+    rows = [0.8 + 0.3 * len(plan.rooms) for plan in plans]
     figure, axes = figure_of(10.0, 0.6 + 1.1 * sum(rows), rows)
-    for i, (plan, ax) in enumerate(zip(plans, axes, strict=True)):
-        _bars(ax, plan, legend=i == 0)
+    for plan, ax in zip(plans, axes, strict=True):
+        _bars(ax, plan)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     axes[-1].set_xlabel("GB on one device (red: what it has)", fontsize=8)
     figure.savefig(path, dpi=130)
 
 
-def _bars(axes: Axes, plan: Serving, legend: bool) -> None:
+def _bars(axes: Axes, plan: Serving) -> None:
     names = [
         f"{s}: {stage.stop - stage.start} layers on {stage.mesh}"
         for s, stage in enumerate(plan.decode.stages)
@@ -132,10 +133,8 @@ def _bars(axes: Axes, plan: Serving, legend: bool) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.tick_params(axis="x", labelsize=8)
-    title = f"{plan.name} on {plan.cluster}: {plan.tokens:,} tokens of cache, first token after "
+    title = f"{plan.name} on {plan.cluster}\n{plan.tokens:,} tokens of cache, first token after "
     title += (
         f"{seconds(plan.time_to_first_token)}, {rate(plan.single)} tokens/s alone, {rate(plan.most)} full"
     )
     axes.set_title(title, fontsize=9, loc="left")
-    if legend:
-        axes.legend(fontsize=7, loc="lower right")
