@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 
 import autopar
-from autopar.core.errors import BadInput, DoesNotFit, UnknownName
+from autopar.core.errors import BackendError, BadInput, DoesNotFit, UnknownName
 from autopar.serve import Buckets
 
 BUCKETS = Buckets(rows=(1, 4), new=(16,), blocks=(8,), tokens=64)
@@ -61,3 +65,24 @@ def test_a_cluster_that_is_too_small_says_so(tmp_path):
     path.write_text("nodes: [{device: T4, memory: 0.5MB}]")
     with pytest.raises(DoesNotFit, match="are missing"):
         autopar.serve.load("opt-tiny", weights="random", cluster=str(path))
+
+
+@pytest.mark.slow
+def test_a_lost_worker_fails_its_clients_and_the_model_comes_back():
+    backend = autopar.Ray(emulate=True, timeout=20)
+    options = {"buckets": Buckets(rows=(2,), new=(16,), blocks=(8,), tokens=32), "tokens": 512, "stages": 2}
+    with autopar.serve.load(
+        "opt-tiny", weights="random", cluster="1xT4,1xV100-16GB", backend=backend, max_length=128, **options
+    ) as model:
+        want = model.generate([1, 2, 3], max_new_tokens=8, ignore_eos=True)
+        running = model.stream([1, 2, 3], max_new_tokens=100, ignore_eos=True)
+        next(running)
+        os.kill(model.engine.runner.programs.base.session.pids[1], signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(BackendError, match="stage 1 on node"):
+            list(running)
+        assert time.monotonic() - began < 10
+        while not model.engine.health().restarts:
+            assert time.monotonic() - began < 240
+            time.sleep(0.5)
+        assert model.generate([1, 2, 3], max_new_tokens=8, ignore_eos=True) == want
