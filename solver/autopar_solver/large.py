@@ -26,7 +26,7 @@ COOLING_SHARE = 0.85
 START_TEMPERATURE = 2e-5
 FALL_BEHIND = 2e-3
 PATCH_SECONDS = 2.0
-RESTART_AT, SETTLING_TIME = 0.3, 0.08
+RESTART_AT, SETTLING_TIME = 0.15, 0.15
 CORE_SHARE, CORE_SECONDS, CORE_TIME = 0.4, 4.0, 0.05
 SETTLING_PASSES = 5
 
@@ -34,7 +34,9 @@ SETTLING_PASSES = 5
 @dataclass
 class Board:
     """What the threads of a large solve share: prices, the best choice (value without the constant), when to
-    stop. rounded is the dual's own choice under its latest prices, feasible or not.
+    stop.
+
+    rounded is the dual's own choice under its latest prices, feasible or not; climbing: prices still get better.
     """
 
     price: FloatArray
@@ -43,6 +45,7 @@ class Board:
     x: IntArray
     const: float
     value: float = math.inf
+    climbing: bool = True
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -123,6 +126,7 @@ def climb(run: Run, c: Compact, dual: Dual, board: Board, graph: Graph) -> None:
         dual_step(run, c, dual, board)
     dual.price = dual.best_price
     dual.evaluate(SETTLING_PASSES)
+    board.climbing = False
     walk(run, c, graph, board, 0, CoreSearch(c, excess_costs(dual), run.seed))
 
 
@@ -177,14 +181,17 @@ class Restarts:
     """
 
     def __init__(self) -> None:
-        self.bound, self.at = -math.inf, -math.inf
+        self.bound, self.at, self.climbing = -math.inf, -math.inf, True
 
     def due(self, board: Board, run: Run) -> bool:
-        """Whether the bound has closed enough of the gap since the last start."""
+        """Whether the bound has closed enough of the gap since the last start, or the prices are final."""
         if not math.isfinite(board.value):
             return False
-        if math.isfinite(self.bound) and board.bound - self.bound < RESTART_AT * board.missing(self.bound):
+        final = self.climbing and not board.climbing
+        near = board.bound - self.bound < RESTART_AT * board.missing(self.bound)
+        if math.isfinite(self.bound) and near and not final:
             return False
+        self.climbing = board.climbing
         self.bound, self.at = board.bound, run.elapsed()
         return True
 

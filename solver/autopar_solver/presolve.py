@@ -6,7 +6,10 @@ a choice of the problem with the same cost and a usage no larger where it matter
 elimination (Dechter 1999).
 """
 
+import gc
 from collections import deque
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -30,7 +33,20 @@ def presolve(problem: ChoiceProblem, rounds: int = 20) -> Network:
     Raises:
         InfeasibleProblem: presolve proved that there is no feasible choice; the message says why.
     """
-    return reduce_network(network_of(problem), rounds)
+    with collector_paused():
+        return reduce_network(network_of(problem), rounds)
+
+
+@contextmanager
+def collector_paused() -> Generator[None, None, None]:
+    """Keeps Python from looking for cycles again and again among the many small objects made meanwhile."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def reduce_network(net: Network, rounds: int = 20) -> Network:
@@ -238,4 +254,4 @@ def best_between(cost: IntArray, left: IntArray, right: IntArray) -> tuple[IntAr
     return best, arg
 
 
-__all__ = ["InfeasibleProblem", "presolve"]
+__all__ = ["InfeasibleProblem", "presolve", "reduce_network"]
