@@ -66,6 +66,9 @@ class Latency:
 class Throughput:
     """The shortest time on the slowest stage (so many steps in flight, one comes out in that time).
 
+    Steps are as large as the one that is planned; a plan of fewer stages may have room for larger steps and
+    give more tokens per second with a full cache, which `ServingPlan.most` predicts for both.
+
     Attributes:
         latency: seconds that a token may take through all stages; None: any time.
     """
@@ -243,13 +246,14 @@ class _Search:
                 f"no plan for {self.cluster} gives a token within {1e3 * latency:.4g} ms; the quickest takes "
                 f"{1e3 * quickest:.4g} ms: allow more, or use faster devices or links"
             )
-        seconds = smallest(
-            lambda t: self.latency(least, t) <= latency,
-            quickest / self.cluster.size / 4,
-            quickest,
-            ROUNDS + 5,
-        )
-        most = largest(lambda n: self.latency(n, seconds) <= latency, least, self._bound(), steps=ROUNDS)
+
+        def within(blocks: int, slowest: float) -> bool:
+            found = self.latency(blocks, slowest)
+            return math.isfinite(found) and found <= latency
+
+        low = quickest / self.cluster.size / 4
+        seconds = smallest(lambda t: within(least, t), low, quickest, ROUNDS + 5)
+        most = largest(lambda n: within(n, seconds), least, self._bound(), ROUNDS)
         return self.exact(most, seconds, least)
 
     def _bound(self) -> int:
