@@ -36,7 +36,7 @@ class Board:
     """What the threads of a large solve share: prices, the best choice (value without the constant), when to
     stop.
 
-    rounded is the dual's own choice under its latest prices, feasible or not; climbing: prices still get better.
+    rounded is the dual's own choice under its latest prices, feasible or not; climbing: prices still improve.
     """
 
     price: FloatArray
