@@ -36,8 +36,9 @@ DEEP = 150
 PRICES = (0.0, 1e-12, 1e-11, 1e-10)
 """Seconds per byte: a gigabyte saved may cost nothing, 1, 10, 100 ms a step."""
 
-SHARED_GAP = 1.1
-"""How much further from the optimum a stage may be proven for the sake of another's plan."""
+SHARED_GAP, WORTH = 1.1, 0.005
+"""How much further from the optimum than for its own stage a plan may be proven for another one, where the
+solver ran out of time: that factor, and half a per cent."""
 
 TRIES = 4
 """How often a plan is looked for below a lower limit when what is moved does not fit beside it."""
@@ -157,7 +158,9 @@ def _planned(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
         bound = _unlimited(keyed, mesh, replace(options, in_flight=1))
         memory = replace(best.memory, in_flight=options.in_flight)
         shared = replace(best, memory=memory, bound=max(0.0, min(bound, best.objective)), status="feasible")
-        if shared.gap <= max(options.gap, SHARED_GAP * best.gap):
+        if shared.gap <= options.gap or (
+            best.gap > options.gap and shared.gap <= SHARED_GAP * best.gap + WORTH
+        ):
             return shared
     found = _kept_or_moved(keyed.region, mesh, options)
     alike.append(found)
@@ -291,7 +294,7 @@ def _within(setting: Setting, costs: Costs, limit: int, solved: Solved) -> Solve
         if over <= 0:
             return replace(solved, bound=bound, status=solved.status if lower == limit else "feasible")
         lower -= over
-        solved = minimise(costs, lower, options.seconds, options.gap) if lower > 0 else NOTHING
+        solved = minimise(costs, lower, options.seconds / 2, options.gap) if lower > 0 else NOTHING
         if solved.chosen is None:
             return replace(NOTHING, status="unknown")
     fits = setting.memory(solved.chosen or ()).peak <= limit
