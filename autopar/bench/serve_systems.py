@@ -26,6 +26,8 @@ class Autopar:
 
         self.version = autopar.__version__
         self.model = load(directory)
+        runner: Any = self.model.engine.runner
+        runner.wait()  # for the shapes that are compiled while it serves
 
     def requests(self, prompts: Tokens, new: list[int], after: list[float]) -> list[dict[str, Any]]:
         import threading

@@ -135,9 +135,7 @@ def _open_file(path: Path) -> Any:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise BadInput(
-            'opening it needs safetensors; install it: pip install "autopar[serve]"'
-        ) from None
+        raise BadInput('opening it needs safetensors; install it: pip install "autopar[serve]"') from None
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:

@@ -101,9 +101,10 @@ def load(
     if tokens is None and host:
         tokens = max(longest, HOST_TOKENS)
     blocks = _blocks(served, made, where, checkpoint.name, longest, tokens)
+    fine = behind and isinstance(backend, InProcess)  # where it costs no time before serving
     setup = Setup(
         replace(served, blocks=blocks), made, where, backend, checkpoint.weights,
-        buckets or Buckets(blocks=table_buckets(longest, BLOCK_SIZE)), longest, behind,
+        buckets or Buckets(blocks=table_buckets(longest, BLOCK_SIZE, fine)), longest, behind,
     )  # fmt: skip
     return Model(checkpoint, setup, chat_template, options or EngineOptions(), say)
 

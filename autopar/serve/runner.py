@@ -25,7 +25,8 @@ class Buckets:
     Attributes:
         rows: sequences in a decode step, ascending.
         new: new tokens of each in a prefill step, ascending, without 1.
-        blocks: KV blocks in the tables, ascending; the last holds the longest sequence.
+        blocks: KV blocks in the tables, ascending; the last holds the longest sequence. A step reads all that
+            its table names, so a closer fit is a faster step.
         tokens: most new tokens of a step, all rows together.
     """
 
@@ -47,7 +48,9 @@ class Buckets:
     def shapes(self) -> tuple[Shape, ...]:
         """Returns all shapes, from small to large."""
         decode = [Shape(rows, 1, blocks) for blocks in self.blocks for rows in self.rows]
-        prefill = [Shape(r, new, b) for b in self.blocks for new in self.new for r in self.prefill_rows(new)]
+        prefill = [
+            Shape(r, new, b) for b in self.blocks[-2:] for new in self.new for r in self.prefill_rows(new)
+        ]
         return tuple(sorted((*decode, *prefill), key=lambda s: (s.rows * s.new, s.blocks)))
 
     def covering(self) -> tuple[Shape, ...]:
@@ -114,6 +117,11 @@ class CompiledRunner:
             self._behind.start()
         return self
 
+    def wait(self) -> None:
+        """Waits until the shapes that are compiled behind are there."""
+        if self._behind is not None:
+            self._behind.join()
+
     def _compile(self, keys: Sequence[Shape | int], say: Callable[[str], None], threads: int) -> None:
         count = itertools.count(1)
 
@@ -154,8 +162,7 @@ class CompiledRunner:
         """Stops what runs and drops the weights and blocks."""
         if not self._closed:
             self._closed = True
-            if self._behind is not None:
-                self._behind.join()
+            self.wait()
             self.programs.close()
 
     def _loaded(self, wanted: Shape) -> tuple[Loaded, Shape]:
@@ -230,7 +237,11 @@ class Results:
         return np.asarray(self._waits[k]())
 
 
-def table_buckets(longest: int, block_size: int) -> tuple[int, ...]:
-    """Returns numbers of blocks for tables: of a quarter of the longest sequence, and of all of it."""
+def table_buckets(longest: int, block_size: int, fine: bool = False) -> tuple[int, ...]:
+    """Returns numbers of blocks for tables: of a quarter of the longest sequence, and of all of it.
+
+    fine: of a sixteenth and an eighth as well.
+    """
     most = -(-longest // block_size)
-    return tuple(sorted({max(1, -(-most // 4)), most}))
+    shares = (16, 8, 4, 1) if fine else (4, 1)
+    return tuple(sorted({max(1, -(-most // share)) for share in shares}))
