@@ -68,9 +68,11 @@ def start(plan, traced, **options):
 @pytest.fixture(scope="module")
 def cluster():
     """One emulated cluster for all tests of this file; nothing of it is left at the end."""
-    nodes = Nodes(perceptron_plan()[0], None, True)
+    nodes, before = Nodes(perceptron_plan()[0], None, True), psutil.Process().children(recursive=True)
     nodes.connect()
-    started = psutil.Process().children(recursive=True)
+    started = [
+        p for p in psutil.Process().children(recursive=True) if p not in before
+    ]  # other tests' helpers
     assert any("raylet" in process.name() for process in started)
     yield nodes
     nodes.close()
