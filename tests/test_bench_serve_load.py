@@ -8,7 +8,7 @@ import io
 from rich.console import Console
 
 from autopar.bench.serve_load import Manners, attack, leftovers, report
-from tests.serving_fakes import Story, serving, told
+from tests.serve_http_fakes import Story, serving, told
 
 STORY = {"blocks": 300, "max_length": 256, "table_buckets": (8, 64), "row_buckets": (1, 8, 32)}
 

@@ -23,7 +23,7 @@ from autopar.serve.http.server import bind
 PROGRAM = f"""
 import sys, types
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
-from tests.serving_fakes import Story, told
+from tests.serve_http_fakes import Story, told
 
 def load(name, *, options, chat_template, progress, **more):
     progress("reading weights")

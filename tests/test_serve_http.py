@@ -17,7 +17,7 @@ from autopar.serve.http.schemas import CompletionRequest
 from autopar.serve.http.template import ChatTemplate
 from autopar.serve.http.tokens import Words
 from autopar.serve.stand_in import stand_in
-from tests.serving_fakes import EOS, TEMPLATE, Story, byte_tokenizer, serving, told
+from tests.serve_http_fakes import EOS, TEMPLATE, Story, byte_tokenizer, serving, told
 
 TEXT = "It was the best of times."
 

@@ -16,7 +16,7 @@ import pytest
 from autopar.core.errors import BadInput
 from autopar.serve.http.options import Limits, Options, parse_keys
 from autopar.serve.http.server import bind
-from tests.serving_fakes import Story, serving, told
+from tests.serve_http_fakes import Story, serving, told
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from autopar.serve.http.options import Options
-from tests.serving_fakes import Story, serving, told
+from tests.serve_http_fakes import Story, serving, told
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")

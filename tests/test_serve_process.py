@@ -19,7 +19,7 @@ sys.path.insert(0, {root!r})
 from autopar.serve.http.app import create_app
 from autopar.serve.http.options import Options
 from autopar.serve.http.server import bind, run
-from tests.serving_fakes import Story, told
+from tests.serve_http_fakes import Story, told
 
 model, listener = told(Story(pace=0.02)), bind("127.0.0.1", 0)
 app = create_app(model, Options(drain={drain}))
@@ -58,7 +58,7 @@ def test_sigterm_drains_and_stops(drain: float):
 
 def test_waiting_for_a_body_has_an_end():
     from autopar.serve.http.options import Limits, Options
-    from tests.serving_fakes import serving, told
+    from tests.serve_http_fakes import serving, told
 
     def halting():
         yield b'{"prompt":'

@@ -17,6 +17,7 @@ from autopar.core.errors import BadInput, UnknownName
 from autopar.models import families, gpt, mlp, moe, opt, wide_resnet
 from autopar.models.families import Family
 from autopar.models.paged import Cache
+from autopar.models.serving import get_serving, serving_names
 from autopar.models.step import ModelStep, adamw, count_parameters, init_state, train_step
 
 Array = jax.Array
@@ -38,7 +39,7 @@ class Entry:
 
 
 class DecodeInput(NamedTuple):
-    """What a decode step reads beside the parameters; see `autopar.models.decoder.step`."""
+    """What a decode step reads beside the parameters; see `autopar.models.decoder.Decoder.step`."""
 
     cache: Cache
     tokens: Array
@@ -64,8 +65,8 @@ def _wide_resnet(layers: int, channels: int, width: int) -> Entry:
     return Entry(families.WIDE_RESNET, config, 1536, None, jnp.float32)
 
 
-def _opt(layers: int, hidden: int, heads: int, **more: Any) -> Entry:
-    return Entry(families.OPT, opt.OPTConfig(layers, hidden, heads, **more), 8, 512, jnp.float16)
+def _opt(name: str, sequence: int = 512, dtype: Any = jnp.float16) -> Entry:
+    return Entry(families.OPT, get_serving(name).config, 8, sequence, dtype)
 
 
 _TINY_RESNET = wide_resnet.WideResNetConfig(
@@ -93,21 +94,11 @@ _ENTRIES: dict[str, Entry] = {
     "wresnet-4b": _wide_resnet(50, 640, 2),
     "wresnet-6.8b": _wide_resnet(50, 320, 16),
     "wresnet-13b": _wide_resnet(101, 320, 16),
-    "opt-125m": _opt(12, 768, 12),
-    "opt-350m": _opt(24, 1024, 16, embedding=512, post_norm=True),
-    "opt-1.3b": _opt(24, 2048, 32),
-    "opt-2.7b": _opt(32, 2560, 32),
-    "opt-6.7b": _opt(32, 4096, 32),
-    "opt-13b": _opt(40, 5120, 40),
-    "opt-30b": _opt(48, 7168, 56),
-    "opt-66b": _opt(64, 9216, 72),
-    "opt-175b": _opt(96, 12288, 96),
+    **{name: _opt(name) for name in serving_names("opt") if name != "opt-tiny"},
     "gpt-tiny": Entry(families.GPT, gpt.GPTConfig(), 8, 32, jnp.float32),
     "moe-tiny": Entry(families.MOE, moe.MoEConfig(), 8, 32, jnp.float32),
     "wresnet-tiny": Entry(families.WIDE_RESNET, _TINY_RESNET, 8, None, jnp.float32),
-    "opt-tiny": Entry(
-        families.OPT, opt.OPTConfig(4, 64, 4, vocabulary=256, positions=128), 8, 32, jnp.float32
-    ),
+    "opt-tiny": _opt("opt-tiny", 32, jnp.float32),
     "mlp": Entry(families.MLP, mlp.MLPConfig(), 8, None, jnp.float32),
 }
 

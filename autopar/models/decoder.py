@@ -1,6 +1,6 @@
 """What the decoders that are served have in common: the walk through their layers, products and norms.
 
-A model is three functions, `Parts`; `forward` reads whole sequences with them and `step` goes on with
+A model is a `Decoder`, four functions; its `forward` reads whole sequences with them and `step` goes on with
 sequences whose keys and values are in blocks. Layers are unrolled, each with its own weights: a scan would
 copy weight slices and the cache at every step. Weights are kept as `[out, in]`: a product is `weight · x`.
 """
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from autopar.core.errors import BadInput
+from autopar.models.layers import cross_entropy
 from autopar.models.paged import Cache, LayerCache, Slots, attention, causal, slots
 
 Array = jax.Array
@@ -22,72 +23,82 @@ Mix = Callable[..., tuple[Array, LayerCache | None]]
 """`mix(query, key, value, slopes=None)`: attention, and a layer's cache with the new keys and values."""
 
 
-class Parts(NamedTuple):
-    """A decoder in three functions.
+class Decoder(NamedTuple):
+    """A decoder in four functions; what is done with it follows from them.
 
     Attributes:
+        parameter_shapes: `config → params` as `jax.ShapeDtypeStruct`s.
         embed: `(config, params, tokens, positions) → x`, all `[rows, new]`, x `[rows, new, hidden]`.
         block: `(config, params["Block_i"], x, positions, mix) → (x, cache)`, cache as `mix` gave it.
         head: `(config, params, x) → logits`, `[…, vocabulary]` in the dtype of x.
     """
 
+    parameter_shapes: Callable[[Any], Params]
     embed: Callable[..., Array]
     block: Callable[..., tuple[Array, LayerCache | None]]
     head: Callable[..., Array]
 
+    def init(self, config: Any, key: Array) -> Params:
+        """Returns random parameters (normal, standard deviation 0.02), named as in `parameter_shapes`."""
+        return normal_init(self.parameter_shapes(config), key)
 
-def forward(parts: Parts, config: Any, params: Params, tokens: Array) -> Array:
-    """Returns the logits of every position, `[batch, time, vocabulary]` in `config.dtype`.
+    def forward(self, config: Any, params: Params, tokens: Array) -> Array:
+        """Returns the logits of every position, `[batch, time, vocabulary]` in `config.dtype`.
 
-    Args:
-        tokens: `[batch, time]` integers, time at most `config.positions`.
-    """
-    check_length(config.positions, tokens.shape[1])
-    positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
-    x = _embed(parts, config, params, tokens, positions)
-    for i in range(config.layers):
-        with jax.named_scope(f"Block_{i}"):
-            x, _ = parts.block(config, params[f"Block_{i}"], x, positions, _causal)
-    return _head(parts, config, params, x)
+        Args:
+            tokens: `[batch, time]` integers, time at most `config.positions`.
+        """
+        check_length(config.positions, tokens.shape[1])
+        positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
+        x = _embed(self, config, params, tokens, positions)
+        for i in range(config.layers):
+            with jax.named_scope(f"Block_{i}"):
+                x, _ = self.block(config, params[f"Block_{i}"], x, positions, _causal)
+        return _head(self, config, params, x)
 
+    def step(
+        self,
+        config: Any,
+        params: Params,
+        cache: Cache,
+        tokens: Array,
+        positions: Array,
+        lengths: Array,
+        tables: Array,
+        every: bool = False,
+    ) -> tuple[Array, Cache]:
+        """Returns the logits after each row's last real token, and the cache with the new tokens in it.
 
-def step(
-    parts: Parts,
-    config: Any,
-    params: Params,
-    cache: Cache,
-    tokens: Array,
-    positions: Array,
-    lengths: Array,
-    tables: Array,
-    every: bool = False,
-) -> tuple[Array, Cache]:
-    """Returns the logits after each row's last real token, and the cache with the new tokens in it.
+        Args:
+            cache: pools as in `cache_shapes`; what a row's blocks hold from its position on is ignored.
+            tokens: int32 `[rows, new]`.
+            positions: int32 `[rows]`, index of each row's first new token in its sequence.
+            lengths: int32 `[rows]`, how many of a row's new tokens are real, 0 for a row that is padding.
+            tables: int32 `[rows, blocks]`, the blocks of a row in order, `SCRATCH` beyond its end.
+            every: give the logits of all new tokens instead.
+        Returns:
+            float32 `[rows, vocabulary]` (`[rows, new, vocabulary]` for `every`), and the new cache.
+        """
+        where = slots(cache, tokens, positions, lengths, tables)
+        x = _embed(self, config, params, tokens, jnp.minimum(where.positions, config.positions - 1))
 
-    Args:
-        cache: pools as in `cache_shapes`; what a row's blocks hold from its position on is ignored.
-        tokens: int32 `[rows, new]`.
-        positions: int32 `[rows]`, index of each row's first new token in its sequence.
-        lengths: int32 `[rows]`, how many of a row's new tokens are real, 0 for a row that is padding.
-        tables: int32 `[rows, blocks]`, the blocks of a row in order, `SCRATCH` beyond its end.
-        every: give the logits of all new tokens instead.
-    Returns:
-        float32 `[rows, vocabulary]` (`[rows, new, vocabulary]` for `every`), and the new cache.
-    """
-    where = slots(cache, tokens, positions, lengths, tables)
-    x = _embed(parts, config, params, tokens, jnp.minimum(where.positions, config.positions - 1))
+        @jax.jit  # traced once for all layers: a deep model is planned several times sooner
+        def block(
+            params: Params, x: Array, layer: LayerCache, where: Slots
+        ) -> tuple[Array, LayerCache | None]:
+            return self.block(config, params, x, where.positions, _Paged(layer, where))
 
-    @jax.jit  # traced once for all layers, which are alike: a deep model's plan is made several times sooner
-    def block(params: Params, x: Array, layer: LayerCache, where: Slots) -> tuple[Array, LayerCache | None]:
-        return parts.block(config, params, x, where.positions, _Paged(layer, where))
+        layers = []
+        for i, layer in enumerate(cache):
+            with jax.named_scope(f"Block_{i}"):
+                x, layer = block(params[f"Block_{i}"], x, layer, where)
+            layers.append(layer)
+        logits = _head(self, config, params, x if every else last_tokens(x, where)).astype(jnp.float32)
+        return logits if every else logits[:, 0], tuple(layers)
 
-    layers = []
-    for i, layer in enumerate(cache):
-        with jax.named_scope(f"Block_{i}"):
-            x, layer = block(params[f"Block_{i}"], x, layer, where)
-        layers.append(layer)
-    logits = _head(parts, config, params, x if every else last_tokens(x, where)).astype(jnp.float32)
-    return logits if every else logits[:, 0], tuple(layers)
+    def loss(self, config: Any, params: Params, batch: dict[str, Array], key: Array | None = None) -> Array:
+        """Returns the mean next-token cross-entropy (nats); `batch` as in `gpt.loss`, `key` is unused."""
+        return cross_entropy(self.forward(config, params, batch["tokens"]), batch["targets"])
 
 
 class _Paged(NamedTuple):
@@ -104,14 +115,14 @@ def _causal(*args: Any, **more: Any) -> tuple[Array, None]:
     return causal(*args, **more), None
 
 
-def _embed(parts: Parts, *args: Any) -> Array:
+def _embed(decoder: Decoder, *args: Any) -> Array:
     with jax.named_scope("embedding"):
-        return parts.embed(*args)
+        return decoder.embed(*args)
 
 
-def _head(parts: Parts, *args: Any) -> Array:
+def _head(decoder: Decoder, *args: Any) -> Array:
     with jax.named_scope("head"):
-        return parts.head(*args)
+        return decoder.head(*args)
 
 
 def last_tokens(x: Array, where: Slots) -> Array:

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 
 from autopar.core.errors import BadInput
 from autopar.models import decoder
-from autopar.models.decoder import Mix, Params, linear, normal_init, product, rms_norm, take
+from autopar.models.decoder import Mix, Params, linear, product, rms_norm, take
 from autopar.models.int8 import int8_shapes
-from autopar.models.layers import cross_entropy
-from autopar.models.paged import Cache, LayerCache, cache_shapes, copy_blocks
+from autopar.models.paged import LayerCache, cache_shapes, copy_blocks
 from autopar.models.rope import Rope, rotate
 
 __all__ = ["Config", "cache_shapes", "copy_blocks", "forward", "init", "loss", "parameter_shapes", "step"]
@@ -108,28 +107,6 @@ def parameter_shapes(config: LlamaConfig) -> Params:
     return int8_shapes(params) if config.int8 else params
 
 
-def init(config: LlamaConfig, key: Array) -> Params:
-    """Returns random parameters (normal, standard deviation 0.02), named as in `parameter_shapes`."""
-    return normal_init(parameter_shapes(config), key)
-
-
-def forward(config: LlamaConfig, params: Params, tokens: Array) -> Array:
-    """Returns the logits of every position, `[batch, time, vocabulary]` in `config.dtype`."""
-    return decoder.forward(PARTS, config, params, tokens)
-
-
-def step(
-    config: LlamaConfig, params: Params, cache: Cache, *batch: Array, every: bool = False
-) -> tuple[Array, Cache]:
-    """Returns `(logits, cache)`; `batch` is `tokens, positions, lengths, tables` as in `decoder.step`."""
-    return decoder.step(PARTS, config, params, cache, *batch, every=every)
-
-
-def loss(config: LlamaConfig, params: Params, batch: dict[str, Array], key: Array | None = None) -> Array:
-    """Returns the mean next-token cross-entropy (nats); `batch` as in `gpt.loss`, `key` is unused."""
-    return cross_entropy(forward(config, params, batch["tokens"]), batch["targets"])
-
-
 def _embed(config: LlamaConfig, params: Params, tokens: Array, positions: Array) -> Array:
     return take(params["embedding"], tokens, config.dtype)
 
@@ -152,4 +129,5 @@ def _block(
     return x + linear(params["down"], gated), cache
 
 
-PARTS = decoder.Parts(_embed, _block, _head)
+DECODER = decoder.Decoder(parameter_shapes, _embed, _block, _head)
+init, forward, step, loss = DECODER.init, DECODER.forward, DECODER.step, DECODER.loss

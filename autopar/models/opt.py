@@ -16,13 +16,11 @@ from autopar.models.decoder import (
     layer_norm,
     linear,
     norm_shapes,
-    normal_init,
     product,
     take,
 )
 from autopar.models.int8 import int8_shapes
-from autopar.models.layers import cross_entropy
-from autopar.models.paged import Cache, LayerCache, cache_shapes, copy_blocks
+from autopar.models.paged import LayerCache, cache_shapes, copy_blocks
 
 __all__ = ["Config", "cache_shapes", "copy_blocks", "forward", "init", "loss", "parameter_shapes", "step"]
 
@@ -100,32 +98,6 @@ def parameter_shapes(config: OPTConfig) -> Params:
     return int8_shapes(params) if config.int8 else params
 
 
-def init(config: OPTConfig, key: Array) -> Params:
-    """Returns random parameters (normal, standard deviation 0.02), named as in `parameter_shapes`."""
-    return normal_init(parameter_shapes(config), key)
-
-
-def forward(config: OPTConfig, params: Params, tokens: Array) -> Array:
-    """Returns the logits of every position, `[batch, time, vocabulary]` in `config.dtype`.
-
-    Args:
-        tokens: `[batch, time]` integers, time at most `config.positions`.
-    """
-    return decoder.forward(PARTS, config, params, tokens)
-
-
-def step(
-    config: OPTConfig, params: Params, cache: Cache, *batch: Array, every: bool = False
-) -> tuple[Array, Cache]:
-    """Returns `(logits, cache)`; `batch` is `tokens, positions, lengths, tables` as in `decoder.step`."""
-    return decoder.step(PARTS, config, params, cache, *batch, every=every)
-
-
-def loss(config: OPTConfig, params: Params, batch: dict[str, Array], key: Array | None = None) -> Array:
-    """Returns the mean next-token cross-entropy (nats); `batch` as in `gpt.loss`, `key` is unused."""
-    return cross_entropy(forward(config, params, batch["tokens"]), batch["targets"])
-
-
 def _embed(config: OPTConfig, params: Params, tokens: Array, positions: Array) -> Array:
     x = take(params["embedding"], tokens, config.dtype)
     if config.projected:
@@ -157,4 +129,5 @@ def _block(
     return x, cache
 
 
-PARTS = decoder.Parts(_embed, _block, _head)
+DECODER = decoder.Decoder(parameter_shapes, _embed, _block, _head)
+init, forward, step, loss = DECODER.init, DECODER.forward, DECODER.step, DECODER.loss

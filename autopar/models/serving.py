@@ -92,9 +92,9 @@ _ENTRIES: dict[str, Serving] = {
 }
 
 
-def serving_names() -> tuple[str, ...]:
+def serving_names(family: str | None = None) -> tuple[str, ...]:
     """Returns the names that `get_serving` knows, by family, each from small to large."""
-    return tuple(_ENTRIES)
+    return tuple(name for name, entry in _ENTRIES.items() if family in (None, entry.family))
 
 
 def get_serving(name: str, *, dtype: Any = jnp.float32, param_dtype: Any = None, **changes: Any) -> Serving:

@@ -66,34 +66,6 @@ def capture(
         MixedExamples: the micro-batches' results do not make the full batch's; the message names the line.
         BadInput: an argument that does not exist, a batch that `microbatches` does not divide.
     """
-    prepared = prepare(
-        fun,
-        args,
-        kwargs,
-        static_argnums=static_argnums,
-        static_argnames=static_argnames,
-        batch_argnums=batch_argnums,
-        microbatches=microbatches,
-        layer_scans=layer_scans,
-        rules=rules,
-    )
-    return finish(prepared, assign=assign, remat=remat, rules=rules)
-
-
-def prepare(
-    fun: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    static_argnums: Sequence[int] = (),
-    static_argnames: Sequence[str] = (),
-    batch_argnums: Sequence[int] | None = None,
-    microbatches: int = 1,
-    layer_scans: Sequence[int] | bool = True,
-    rules: RuleBook = RULES,
-) -> Prepared:
-    """Returns the first half of `capture`, which does not depend on what is recomputed. Arguments as
-    there."""
     _check_count(microbatches)
     begun = begin(
         fun,
@@ -103,7 +75,8 @@ def prepare(
         static_argnames=static_argnames,
         batch_argnums=batch_argnums,
     )
-    return split(begun, microbatches, layer_scans=layer_scans, rules=rules)
+    prepared = split(begun, microbatches, layer_scans=layer_scans, rules=rules)
+    return finish(prepared, assign=assign, remat=remat, rules=rules)
 
 
 def _check_count(microbatches: int) -> None:
