@@ -29,6 +29,7 @@ PATCH_SECONDS = 2.0
 RESTART_AT, SETTLING_TIME = 0.15, 0.15
 CORE_SHARE, CORE_SECONDS, CORE_TIME = 0.4, 4.0, 0.05
 SETTLING_PASSES = 5
+CLOSING_SHARE, CLOSING_MOST = 0.02, 4.0
 
 
 @dataclass
@@ -160,10 +161,12 @@ def walk(run: Run, c: Compact, graph: Graph, board: Board, k: int, cores: CoreSe
         walker.chunk(board.price, temperature)
         if board.offer(walker.best_x, walker.best):
             run.offer(c.restore(walker.best_x))
-        if patches is not None and math.isfinite(board.value):
+        if closing(run) or not math.isfinite(board.value):
+            continue
+        if patches is not None:
             improve_patch(run, c, graph, board, patches)
         spent = on_cores > CORE_SHARE * (run.elapsed() - began)
-        if cores is not None and not spent and math.isfinite(board.value):
+        if cores is not None and not spent:
             on_cores += improve_core(run, c, board, cores)
     run.note(f"search {k}: {walker.total_moves} moves, best {walker.best + c.const:.10g}")
     if patches is not None:
@@ -198,6 +201,11 @@ class Restarts:
     def settled(self, run: Run) -> bool:
         """Whether the walker had its time since the last start, so that it may be compared with the best."""
         return run.elapsed() > self.at + SETTLING_TIME * run.seconds
+
+
+def closing(run: Run) -> bool:
+    """Whether the end is so near that HiGHS isn't started again: its set-up can't be interrupted."""
+    return run.left() < min(CLOSING_MOST, CLOSING_SHARE * run.seconds)
 
 
 def improve_patch(run: Run, c: Compact, graph: Graph, board: Board, patches: SubMilp) -> None:
