@@ -44,11 +44,8 @@ class Costs:
 def assemble(model: Model, grid: Grid, nbytes: Sizes, items: tuple[Item, ...], price: float) -> Costs:
     """Returns the costs of a model. price: seconds per byte of state and residuals."""
     nodes = [node.cost.copy() for node in model.nodes]
-    totals: dict[int, Floats] = {}  # equal equations share their ways
     for step in model.steps:
-        if id(step.ways) not in totals:
-            totals[id(step.ways)] = np.array([way.total for way in step.ways])
-        nodes[step.node] += step.times * totals[id(step.ways)]
+        nodes[step.node] += step.times * step.ways.totals
     for item in items:
         nodes[item.node] += (price if item.lasting else 0.0) * item.nbytes + TIE_BREAK * item.nbytes
     edges: dict[tuple[int, int], Floats] = {}

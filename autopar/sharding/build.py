@@ -16,6 +16,7 @@ from autopar.sharding.strategies import (
     Op,
     Strategy,
     Tensor,
+    Ways,
     enumerate_strategies,
     follow_all,
     kind_of,
@@ -214,7 +215,7 @@ class Builder:
         self.note(e, f"no sharding rule: {self.whole(seconds)}")
         way = Strategy(reads, tuple(whole), tuple(whole), seconds)
         node = self.model.node(e.op, 1, ("whole", seconds))
-        self.run(scope, i, e, node, (way,), tensors)
+        self.run(scope, i, e, node, Ways((way,)), tensors)
 
     def run(
         self,
@@ -222,7 +223,7 @@ class Builder:
         i: int,
         e: Equation,
         node: int,
-        ways: tuple[Strategy, ...],
+        ways: Ways,
         tensors: Sequence[tuple[int, Key]],
     ) -> None:
         """Records a step, what it reads and where its results are."""
@@ -230,14 +231,13 @@ class Builder:
         times = self.region.times(phase) * scope.trips
         self.model.steps.append(Step(scope.path, i, e, node, ways, phase, times, self.model.ticks))
         for k, key in tensors:
-            wants = tuple(w for way in ways if (w := way.operands[k]) is not None)
-            if wants:
+            if wants := ways.operands[k]:
                 self.pull(key, Home(node, wants), (scope.path, i, k), phase, times)
         for j, v in enumerate(e.outputs):
             if self.rank(scope, v):
                 site = scope.path, i, j
-                self.model.made[site] = Home(node, tuple(w.made[j] for w in ways))
-                self.put((scope.path, v), Home(node, tuple(w.results[j] for w in ways)), site, phase, times)
+                self.model.made[site] = Home(node, ways.made[j])
+                self.put((scope.path, v), Home(node, ways.results[j]), site, phase, times)
 
     def put(self, key: Key, home: Home, site: Site, phase: Phase, times: int) -> None:
         """Records where a result is; new state moves to where the old one is kept."""
@@ -267,8 +267,7 @@ class Builder:
         """Returns how a node wants an operand of a lazy equation, given how it wants the result."""
         assert lazy.op is not None, "a lazy value with sources has a rule"
         ways = lead_all(lazy.op, lazy.position, target.layouts, self.grid)
-        layouts = [way.operands[operand] for way in ways]
-        return Home(target.node, tuple(x for x in layouts if x is not None))
+        return Home(target.node, ways.operands[operand])
 
     # lazy values
     def postpone(

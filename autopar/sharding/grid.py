@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from autopar.core.errors import BadInput
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec
@@ -33,6 +36,10 @@ class Grid:
     def shards(self, layout: Layout) -> int:
         """Returns into how many distinct parts a tensor of this layout is cut."""
         return math.prod(self.sizes[a] for dim in layout for a in dim)
+
+    def parts(self, layouts: Iterable[Layout]) -> npt.NDArray[np.int64]:
+        """Returns into how many distinct parts each layout cuts a tensor."""
+        return np.array([self.shards(layout) for layout in layouts], dtype=np.int64)
 
     def spec(self, layout: Layout) -> Spec:
         """Returns the layout with axis names."""

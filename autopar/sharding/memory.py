@@ -17,7 +17,7 @@ import numpy.typing as npt
 from autopar.core.graph import Combine, Phase, Value
 from autopar.core.plan import Memory
 from autopar.sharding.fusion import fuse
-from autopar.sharding.grid import Grid
+from autopar.sharding.grid import Grid, Layout
 from autopar.sharding.model import Home, Key, Model
 from autopar.sharding.moved import Held
 from autopar.sharding.region import Region
@@ -50,10 +50,10 @@ def usage(
     """Returns all that is alive at some time; a residual's bytes are those of all micro-batches in flight."""
     end, turn = model.ticks + 1, last_microbatch_tick(region, model)
     items: list[Item] = []
+    local = Local(grid)
 
     def add(key: Key, home: Home, start: int, stop: int, role: str, factor: int = 1) -> None:
-        size = nbytes(model.value(key)) * factor
-        each = np.array([-(-size // grid.shards(x)) for x in home.layouts], dtype=np.int64)
+        each = local(nbytes(model.value(key)) * factor, home.layouts)
         if each.any() and stop > start:
             items.append(Item(home.node, start, stop, each, role, key))
 
@@ -76,7 +76,25 @@ def usage(
             add(key, home, 0, turn, RESIDUAL, in_flight)
         else:
             add(key, home, start, stop, PASSING)
-    return (*items, *_passing_by(model, grid, nbytes))
+    return (*items, *_passing_by(model, local, nbytes))
+
+
+class Local:
+    """Bytes on one device. The parts of equal layouts are counted once: most equations share theirs."""
+
+    def __init__(self, grid: Grid):
+        self._grid = grid
+        self._known: dict[int, tuple[Sequence[Layout], npt.NDArray[np.int64]]] = {}
+
+    def parts(self, layouts: Sequence[Layout]) -> npt.NDArray[np.int64]:
+        """Returns into how many parts each layout cuts a tensor. Held layouts keep their identity."""
+        if id(layouts) not in self._known:
+            self._known[id(layouts)] = layouts, self._grid.parts(layouts)
+        return self._known[id(layouts)][1]
+
+    def __call__(self, nbytes: int, layouts: Sequence[Layout]) -> npt.NDArray[np.int64]:
+        """Returns the bytes of one part in each layout, rounded up."""
+        return -(-nbytes // self.parts(layouts))
 
 
 def last_microbatch_tick(region: Region, model: Model) -> int:
@@ -147,7 +165,7 @@ def scope_inputs(inputs: Sequence[int], count: int) -> Iterable[int]:
     return inputs[:count]
 
 
-def _passing_by(model: Model, grid: Grid, nbytes: Callable[[Value], int]) -> list[Item]:
+def _passing_by(model: Model, local: Local, nbytes: Callable[[Value], int]) -> list[Item]:
     """Returns what exists only while one operation runs: operands in its own layout, sums not yet scattered.
 
     Operands are counted beyond their finest layout, even where the value already has the wanted one, since
@@ -157,23 +175,22 @@ def _passing_by(model: Model, grid: Grid, nbytes: Callable[[Value], int]) -> lis
     found: list[Item] = []
     ticks = {(step.path, step.index): step.tick for step in model.steps}
 
-    def add(key: Key, node: int, tick: int, sizes: list[int]) -> None:
-        if any(sizes):
-            found.append(Item(node, tick, tick + 1, np.array(sizes, dtype=np.int64), BY, key))
+    def add(key: Key, node: int, tick: int, sizes: npt.NDArray[np.int64]) -> None:
+        if sizes.any():
+            found.append(Item(node, tick, tick + 1, sizes, BY, key))
 
     for read in model.reads:
         tick = None if read.site is None else ticks.get(read.site[:2])
         if tick is None or read.tie or read.copy or read.target.node == read.source.node:
             continue
-        size = nbytes(model.value(read.key))
-        each = [-(-size // grid.shards(x)) for x in read.target.layouts]
-        add(read.key, read.target.node, tick, [n - min(each) for n in each])
+        each = local(nbytes(model.value(read.key)), read.target.layouts)
+        add(read.key, read.target.node, tick, each - each.min())
     for step in model.steps:
         for k, v in enumerate(step.equation.outputs):
-            size = nbytes(model.value((step.path, v)))
-            whole = [grid.shards(way.made[k]) < grid.shards(way.results[k]) for way in step.ways]
-            parts = [-(-size // grid.shards(way.made[k])) for way in step.ways]
-            add((step.path, v), step.node, step.tick, [n * w for n, w in zip(parts, whole, strict=True)])
+            made, kept = step.ways.made[k], step.ways.results[k]
+            if made is not kept and (whole := local.parts(made) < local.parts(kept)).any():
+                size = nbytes(model.value((step.path, v)))
+                add((step.path, v), step.node, step.tick, local(size, made) * whole)
     return found
 
 

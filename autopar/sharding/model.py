@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from autopar.core.graph import Equation, Phase, Value
 from autopar.sharding.grid import Layout
-from autopar.sharding.strategies import Op, Strategy
+from autopar.sharding.strategies import Op, Ways
 
 Path: TypeAlias = tuple[int, ...]
 """Indices of the loop equations around a scope; () is the region itself."""
@@ -91,7 +91,7 @@ class Step:
     index: int
     equation: Equation
     node: int
-    ways: tuple[Strategy, ...]
+    ways: Ways
     phase: Phase
     times: int
     tick: int

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from autopar.core.graph import Dims, Equation, OpKind, Rule
 from autopar.sharding.cost import ALL_REDUCE, REDUCE_SCATTER, collective, compute
 from autopar.sharding.grid import Grid, Layout
@@ -72,6 +75,32 @@ class Strategy:
         return self.seconds + sum(t.seconds for t in self.traffic)
 
 
+class Ways(tuple[Strategy, ...]):
+    """The ways to run an operation. Equal operations share one object, so that what is asked of it is computed
+    once, and its columns can be told apart by identity."""
+
+    @functools.cached_property
+    def operands(self) -> tuple[tuple[Layout, ...], ...]:
+        """Per operand, the layout in which each way reads it; () for a literal."""
+        columns = zip(*(way.operands for way in self), strict=True)
+        return tuple(tuple(x for x in column if x is not None) for column in columns)
+
+    @functools.cached_property
+    def made(self) -> tuple[tuple[Layout, ...], ...]:
+        """Per result, the layout in which each way makes it."""
+        return tuple(zip(*(way.made for way in self), strict=True))
+
+    @functools.cached_property
+    def results(self) -> tuple[tuple[Layout, ...], ...]:
+        """Per result, the layout in which each way leaves it."""
+        return tuple(zip(*(way.results for way in self), strict=True))
+
+    @functools.cached_property
+    def totals(self) -> npt.NDArray[np.float64]:
+        """Seconds of computation and communication of each way."""
+        return np.array([way.total for way in self])
+
+
 def kind_of(equation: Equation) -> OpKind:
     """Returns what an equation costs; elementwise also where an operand is broadcast along dims of size 1."""
     rule = equation.rule
@@ -123,7 +152,7 @@ def assignment(dims: Dims, layout: Layout, rule: Rule, grid: Grid) -> dict[int, 
 
 
 @functools.lru_cache(maxsize=16384)
-def enumerate_strategies(op: Op, grid: Grid) -> tuple[Strategy, ...]:
+def enumerate_strategies(op: Op, grid: Grid) -> Ways:
     """Returns every way to shard an operation, the replicated one first; each pair of layouts once, at its
     cheapest.
     """
@@ -133,7 +162,7 @@ def enumerate_strategies(op: Op, grid: Grid) -> tuple[Strategy, ...]:
             key = strategy.operands, strategy.results
             if key not in best or strategy.total < best[key].total:
                 best[key] = strategy
-    return tuple(best.values())
+    return Ways(best.values())
 
 
 def _assignments(rule: Rule, grid: Grid) -> Iterator[dict[int, tuple[int, ...]]]:
@@ -228,17 +257,17 @@ def follow(op: Op, operand: int, layout: Layout, grid: Grid) -> Strategy:
 
 
 @functools.lru_cache(maxsize=16384)
-def follow_all(op: Op, operand: int, layouts: tuple[Layout, ...], grid: Grid) -> tuple[Strategy, ...]:
+def follow_all(op: Op, operand: int, layouts: tuple[Layout, ...], grid: Grid) -> Ways:
     """Returns how an operation follows each of an operand's layouts."""
     each = {layout: follow(op, operand, layout, grid) for layout in dict.fromkeys(layouts)}
-    return tuple(each[layout] for layout in layouts)
+    return Ways(each[layout] for layout in layouts)
 
 
 @functools.lru_cache(maxsize=16384)
-def lead_all(op: Op, result: int, layouts: tuple[Layout, ...], grid: Grid) -> tuple[Strategy, ...]:
+def lead_all(op: Op, result: int, layouts: tuple[Layout, ...], grid: Grid) -> Ways:
     """Returns how an operation gives a result in each layout."""
     each = {layout: lead(op, result, layout, grid) for layout in dict.fromkeys(layouts)}
-    return tuple(each[layout] for layout in layouts)
+    return Ways(each[layout] for layout in layouts)
 
 
 def lead(op: Op, result: int, layout: Layout, grid: Grid) -> Strategy:
