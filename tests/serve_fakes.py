@@ -42,8 +42,14 @@ def _logits(seed: int, vocabulary: int, sharpness: float) -> np.ndarray:
 class FakeLogits:
     """Results that are computed when the step is started and counted when they are fetched."""
 
-    def __init__(self, runner: FakeRunner, last: np.ndarray, every: np.ndarray | None):
-        self._runner, self._last, self._every = runner, last, every
+    def __init__(
+        self,
+        runner: FakeRunner,
+        last: np.ndarray,
+        every: np.ndarray | None,
+        sampled: tuple[int, ...] | None = None,
+    ):
+        self._runner, self._last, self._every, self._sampled = runner, last, every, sampled
 
     def _wait(self) -> None:
         if self._runner.fail_wait:
@@ -58,7 +64,11 @@ class FakeLogits:
     def last(self) -> np.ndarray:
         self._wait()
         self._runner.transfers += 1
-        return self._last
+        if self._sampled is None:
+            return self._last
+        found = np.full_like(self._last, np.nan)  # nobody may look at what was not asked for
+        found[list(self._sampled)] = self._last[list(self._sampled)]
+        return found
 
     def every(self) -> np.ndarray:
         self._wait()
@@ -87,6 +97,7 @@ class FakeRunner:
     row_buckets: tuple[int, ...] = (1, 2, 4, 8)
     new_buckets: tuple[int, ...] = (1, 4, 16)
     table_buckets: tuple[int, ...] = (2, 4, 8, 16)
+    max_tokens: int = 0
     delay: float = 0.0
     fail_run: str = ""
     fail_wait: str = ""
@@ -98,6 +109,7 @@ class FakeRunner:
 
     def __post_init__(self) -> None:
         self.gate.set()
+        self.max_tokens = self.max_tokens or max(self.new_buckets[-1], self.row_buckets[-1])
         self.pool = np.full((self.blocks, self.block_size), UNWRITTEN, np.int64)
         self.contexts = np.zeros((self.blocks, self.block_size), np.uint64)
 
@@ -131,7 +143,7 @@ class FakeRunner:
             if all_of_them is not None:
                 for at in range(length):
                     all_of_them[row, at] = self.logits(history[: start + at + 1])
-        return FakeLogits(self, last, all_of_them)
+        return FakeLogits(self, last, all_of_them, batch.sampled)
 
     def _check(self, table: np.ndarray, history: np.ndarray, start: int) -> None:
         """Asserts that what is read was written after the same tokens: a real state depends on them."""

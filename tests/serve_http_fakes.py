@@ -61,6 +61,7 @@ class Story:
     row_buckets: tuple[int, ...] = (1, 4, 8)
     new_buckets: tuple[int, ...] = (1, 16, 64)
     table_buckets: tuple[int, ...] = (8, 32)
+    max_tokens: int = 64
 
     def __post_init__(self):
         self.gate.set()

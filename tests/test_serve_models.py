@@ -39,7 +39,7 @@ class PlainRunner:
     """A model's step as it is, jitted, without plan or program."""
 
     vocabulary, block_size, max_length, groups = VOCABULARY, 8, 96, 1
-    row_buckets, new_buckets, table_buckets = (4, 8), (1, 16), (12,)
+    row_buckets, new_buckets, table_buckets, max_tokens = (4, 8), (1, 16), (12,), 16
 
     def __init__(self, checkpoint, blocks):
         module, config = checkpoint.module, checkpoint.config

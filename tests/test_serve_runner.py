@@ -75,6 +75,16 @@ def test_tokens_equal_a_single_devices(cluster: str):
         runner.close()
 
 
+def asked(runner: CompiledRunner, sampled: tuple[int, ...] | None, sent: list) -> tuple[int, tuple]:
+    """A step of three rows of which some are sampled: (bytes that the workers sent, (tokens, logits))."""
+    tables = np.arange(1, 13, dtype=np.int32).reshape(3, 4)
+    ones = np.ones(3, np.int32)
+    before = len(sent)
+    found = runner.run(StepBatch(np.full((3, 1), 7, np.int32), 20 * ones, ones, tables, sampled))
+    results = found.greedy(), None if sampled == () else found.last()
+    return sum(x.nbytes for arrays in sent[before:] for x in arrays), results
+
+
 def test_copied_blocks_hold_what_the_others_held():
     runner = runner_on("1xT4,1xV100-16GB")
     prompt, table = PROMPTS[1], np.array([1, 2, 3, 0], np.int32)
@@ -119,13 +129,22 @@ def test_buckets_are_checked_and_hold_the_longest_sequence():
     assert table_buckets(10, 16) == (1,)
 
 
-def test_tokens_on_ray_equal_a_single_devices():
+def test_tokens_on_ray_equal_a_single_devices(monkeypatch: pytest.MonkeyPatch):
     runner = runner_on("1xT4,1xV100-16GB", autopar.Ray(emulate=True))
     session = runner.programs.base.session
+    sent, watch = [], session._watch
+    monkeypatch.setattr(session, "_watch", lambda *args: sent.append(watch(*args)) or sent[-1])
     try:
         assert len(session.pids) == 2
         assert generate(runner, PROMPTS, 4) == [paged.reference(CONFIG, WEIGHTS, p, 4) for p in PROMPTS]
         runner.copy([(1, 13)])
+        whole, (all_tokens, all_logits) = asked(runner, None, sent)
+        assert (len(all_tokens), all_logits.shape) == (3, (3, 64)) and whole == 4 * 4 + 4 * 64 * 4
+        bytes_sent, (tokens, none) = asked(runner, (), sent)
+        assert bytes_sent == 4 * 4 and none is None and tokens.tolist() == all_tokens.tolist()
+        bytes_sent, (tokens, some) = asked(runner, (2,), sent)
+        assert bytes_sent == 4 * 4 + 64 * 4 and tokens.tolist() == all_tokens.tolist()
+        np.testing.assert_array_equal(some[2], all_logits[2])
         assert max(session.memory()) < 2e6 < min(session.most_resident())
     finally:
         runner.close()

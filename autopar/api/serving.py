@@ -26,7 +26,7 @@ from autopar.core.plan import Plan, ShardingPlan, Stage
 from autopar.core.program import Buffer, Program
 from autopar.core.spec import Spec
 from autopar.program import emit, schedule, simulate
-from autopar.runtime.backend import Session
+from autopar.runtime.backend import Fetch, Session
 from autopar.runtime.inprocess import InProcess, constants
 from autopar.runtime.results import homes
 from autopar.sharding import plan as intra
@@ -279,17 +279,17 @@ class Loaded:
         """Starts a step on the batch's arrays, numpy, in the order of the function's arguments."""
         self.session.step([{b: arrays[k] for b, k in wanted} for wanted in self.feeds])
 
-    def fetch(self) -> list[Callable[[], Array]]:
-        """Returns per result a function that waits for what the steps started so far leave in it."""
-        return [_first(start()) for start in self.fetchers]
+    def fetch(self, result: int, rows: Sequence[int] | None = None) -> Callable[[], Array]:
+        """Returns a function that waits for what the steps started so far leave in a result.
+
+        rows: of its first dim that are wanted; a worker in another process sends these only.
+        """
+        wait = self.fetchers[result](rows)
+        return lambda: wait()[0]
 
     @cached_property
-    def fetchers(self) -> list[Callable[[], Callable[[], Sequence[Array]]]]:
+    def fetchers(self) -> list[Fetch]:
         return [self.session.fetcher(stage, [buffer]) for stage, buffer in self.results]
-
-
-def _first(wait: Callable[[], Sequence[Array]]) -> Callable[[], Array]:
-    return lambda: wait()[0]
 
 
 def state_of(traced: Traced) -> tuple[tuple[str, int], ...]:

@@ -14,6 +14,12 @@ from autopar.runtime.fill import Fillers
 Array = Any
 
 
+class Fetch(Protocol):
+    """Starts fetching what buffers hold; rows of the first dim that are wanted may be named."""
+
+    def __call__(self, rows: Sequence[int] | None = None, /) -> Callable[[], Sequence[Array]]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class StageMemory:
     """Bytes on one device of a stage.
@@ -76,11 +82,12 @@ class Session(Protocol):
         """Returns the measured timeline of one step, waiting for every instruction's result."""
         ...
 
-    def fetcher(self, stage: int, buffers: Sequence[Buffer]) -> Callable[[], Callable[[], Sequence[Array]]]:
+    def fetcher(self, stage: int, buffers: Sequence[Buffer]) -> Fetch:
         """Returns a function that starts fetching what these buffers hold, and returns one that waits for it.
 
         What is fetched is what the steps started so far leave in the buffers, whatever is started later. A
-        session that is not `local` gives whole numpy arrays, of a typed PRNG key its key data.
+        session that is not `local` gives whole numpy arrays, of a typed PRNG key its key data; only the rows
+        that are named, if any are. A local one gives the arrays as they are.
         """
         ...
 

@@ -25,7 +25,7 @@ from autopar.core.timeline import Event, Timeline
 from autopar.program import check
 from autopar.program.walk import Walk
 from autopar.runtime import layout
-from autopar.runtime.backend import StageMemory
+from autopar.runtime.backend import Fetch, StageMemory
 from autopar.runtime.fill import Fillers, fill
 from autopar.runtime.interpreter import Interpreter
 from autopar.runtime.layout import JaxDevice
@@ -160,10 +160,10 @@ class InProcessSession:
         events.sort(key=lambda event: event.start)
         return Timeline(tuple(events), tuple(map(stage_name, range(len(self.meshes)), self.plan.stages)))
 
-    def fetcher(self, stage: int, buffers: Sequence[Buffer]) -> Callable[[], Callable[[], Sequence[Array]]]:
+    def fetcher(self, stage: int, buffers: Sequence[Buffer]) -> Fetch:
         get = self.interpreters[stage].getter(buffers)
 
-        def fetch() -> Callable[[], Sequence[Array]]:
+        def fetch(rows: Sequence[int] | None = None) -> Callable[[], Sequence[Array]]:
             self._take()
             arrays = get()
             return lambda: arrays

@@ -22,12 +22,15 @@ class StepBatch:
         positions: int32 `[rows]`, index of each row's first new token in its sequence.
         lengths: int32 `[rows]`, how many of a row's new tokens are real; 0 for a row that is padding.
         tables: int32 `[rows, blocks]`, the KV blocks of a row in order; `SCRATCH` beyond its end.
+        sampled: rows whose logits will be looked at; None: perhaps all. Of others the likeliest token is
+            enough, and a model in another process need not send more.
     """
 
     tokens: Ints
     positions: Ints
     lengths: Ints
     tables: Ints
+    sampled: tuple[int, ...] | None = None
 
 
 class Logits(Protocol):
@@ -38,7 +41,10 @@ class Logits(Protocol):
         ...
 
     def last(self) -> np.ndarray:
-        """Returns the logits after each row's last real token, float32 `[rows, vocabulary]`."""
+        """Returns the logits after each row's last real token, float32 `[rows, vocabulary]`.
+
+        Rows that are not among the batch's `sampled` may hold anything.
+        """
         ...
 
     def every(self) -> np.ndarray:
@@ -57,6 +63,7 @@ class Runner(Protocol):
         groups: steps that may be in flight at once (the stages of a pipeline).
         row_buckets, new_buckets: sizes of `[rows, new]` of steps, ascending; decode steps have new = 1.
         table_buckets: numbers of blocks a step's tables may have, ascending.
+        max_tokens: most padded tokens (rows × new) of a prefill step of more than one row.
     """
 
     vocabulary: int
@@ -67,6 +74,7 @@ class Runner(Protocol):
     row_buckets: tuple[int, ...]
     new_buckets: tuple[int, ...]
     table_buckets: tuple[int, ...]
+    max_tokens: int
 
     def run(self, batch: StepBatch, every: bool = False) -> Logits:
         """Starts a step and returns its results to come; steps take effect in the order they were started."""

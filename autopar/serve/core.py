@@ -27,9 +27,8 @@ class Options:
 
     Attributes:
         eos: end-of-text tokens. salt: names the model and its weights; prefixes are shared only within it.
-        prefill_tokens: most padded tokens (rows × new) of a prefill step; None: the runner's `max_tokens` if
-            it has one, else its longest chunk or most rows, whichever is more. Decode steps wait for prefill
-            steps, so it bounds their delay.
+        prefill_tokens: most padded tokens (rows × new) of a prefill step; None: the runner's `max_tokens`.
+            Decode steps wait for prefill steps, so it bounds their delay.
         prefix_cache: whether blocks of prompts are kept for later prompts.
         queue_requests, queue_tokens: requests that may wait to be admitted, and the tokens (prompts and
             longest answers) that these may have together; None: no limit. One request may always wait.

@@ -35,14 +35,17 @@ class Results:
         if step.every:
             self._score(step, logits.every())
         rows = [(at, row) for at, row in enumerate(step.rows) if row.samples and row.fresh]
-        if not rows or all(row.sequence.job.plain for _, row in rows):
+        plain = [(at, row) for at, row in rows if row.sequence.job.plain]
+        if plain or not rows:
             tokens = logits.greedy().tolist()  # waited for in any case, so that steps don't pile up
-            for at, row in rows:
+            for at, row in plain:
                 self._choose(row.sequence, None, tokens[at])
+        if len(plain) == len(rows):
             return
         values = logits.last()
         for at, row in rows:
-            if row.fresh and not row.sequence.job.lockstep:
+            job = row.sequence.job
+            if row.fresh and not job.plain and not job.lockstep:
                 self._choose(row.sequence, values[at], None)
         self._search(rows, values)
 
@@ -77,21 +80,14 @@ class Results:
         for each in sequences:
             chosen = token
             if chosen is None:
-                assert logits is not None
-                chosen = self._sample(each, logits)
+                assert logits is not None and each.sampler is not None
+                chosen = each.sampler.choose(logits, len(each.tokens))
             if chosen < 0:
                 self.fail(job, _NAN)
                 return
             top = sampling.logprobs if sampling.streams or sampling.logprobs is not None else 0
             reported = None if logits is None or top is None else logprob(logits, chosen, top)
             self._append(each, chosen, reported)
-
-    @staticmethod
-    def _sample(sequence: Sequence, logits: np.ndarray) -> int:
-        if sequence.sampler is not None:
-            return sequence.sampler.choose(logits, len(sequence.tokens))
-        best = int(logits.argmax())  # a greedy row beside others that need logits
-        return best if logits[best] > -np.inf else -1
 
     def _open(self, sequence: Sequence) -> None:
         """Makes the answers of a job, each with a sequence and a sampler (beams part by themselves)."""

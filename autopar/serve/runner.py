@@ -146,7 +146,7 @@ class CompiledRunner:
         rows, new = batch.tokens.shape
         loaded, shape = self._loaded(Shape(rows, new, batch.tables.shape[1], every))
         loaded(_padded(batch, shape))
-        return Results(loaded, batch.lengths, every)
+        return Results(loaded, batch, every)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies KV blocks, (from, to) each, before the next step."""
@@ -206,24 +206,24 @@ assert SCRATCH == 0, "_grown pads tables with zeros"
 class Results:
     """Results of one step, which may still be running; see `serve.batch.Logits`."""
 
-    def __init__(self, loaded: Loaded, lengths: Ints, every: bool):
-        self._lengths, self._every = lengths, every
-        self._waits = loaded.fetch()
-
-    @property
-    def _rows(self) -> int:
-        return len(self._lengths)
+    def __init__(self, loaded: Loaded, batch: StepBatch, every: bool):
+        self._lengths, self._every = batch.lengths, every
+        self._rows, self._sampled = len(batch.lengths), None if every else batch.sampled
+        real = np.count_nonzero(batch.lengths)
+        fetches_tokens = not every and (self._sampled is None or len(self._sampled) < real or not real)
+        self._tokens = loaded.fetch(0) if fetches_tokens else None
+        self._logits = None if self._sampled == () else loaded.fetch(0 if every else 1, self._sampled)
 
     def greedy(self) -> Ints:
         """Returns the likeliest next token of each row, int32 `[rows]` (the lowest id among equals)."""
-        if self._every:
+        if self._tokens is None:
             return self.last().argmax(-1).astype(np.int32)
-        return self._fetched(0)[: self._rows]
+        return np.asarray(self._tokens())[: self._rows]
 
     def last(self) -> np.ndarray:
         """Returns the logits after each row's last real token, float32 `[rows, vocabulary]`."""
         if not self._every:
-            return self._fetched(1)[: self._rows]
+            return self._spread()
         at = np.maximum(self._lengths - 1, 0)
         return self.every()[np.arange(self._rows), at]
 
@@ -231,10 +231,20 @@ class Results:
         """Returns the logits of all new tokens, float32 `[rows, new, vocabulary]`; only if asked for."""
         if not self._every:
             raise BadInput("the logits of all tokens were not asked for: run(batch, every=True)")
-        return self._fetched(0)[: self._rows]
+        return self._waited()[: self._rows]
 
-    def _fetched(self, k: int) -> np.ndarray:
-        return np.asarray(self._waits[k]())
+    def _spread(self) -> np.ndarray:
+        """The logits of the rows that were asked for, in their places."""
+        found = self._waited()
+        if self._sampled is None or len(found) != len(self._sampled):
+            return found[: self._rows]  # all of them, in this process
+        logits = np.empty((self._rows, found.shape[1]), found.dtype)
+        logits[list(self._sampled)] = found
+        return logits
+
+    def _waited(self) -> np.ndarray:
+        assert self._logits is not None, "logits of a step that was to choose likeliest tokens only"
+        return np.asarray(self._logits())
 
 
 def table_buckets(longest: int, block_size: int, fine: bool = False) -> tuple[int, ...]:

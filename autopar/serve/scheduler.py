@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from autopar.serve.blocks import BlockManager
 from autopar.serve.fair import ANSWER_COST, PROMPT_COST, FairQueue
@@ -296,7 +297,8 @@ class Scheduler:
         batch = batch_of(chosen, new, self._shapes, self._blocks.block_size)
         rows = tuple([self._advance(sequence, length) for sequence, length in chosen])
         every = new > 1 and any(self._wants_every(row) for row in rows)
-        return Step(rows, batch, tuple(copies), every)
+        sampled = tuple([at for at, row in enumerate(rows) if row.samples and not row.sequence.job.plain])
+        return Step(rows, replace(batch, sampled=sampled), tuple(copies), every)
 
     def _advance(self, sequence: Sequence, length: int) -> Row:
         start = sequence.computed

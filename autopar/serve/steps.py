@@ -63,8 +63,7 @@ class Shapes:
     @staticmethod
     def of(runner: Runner, budget: int | None = None) -> Shapes:
         """Returns a runner's shapes; `budget` as `Options.prefill_tokens`."""
-        budget = budget or getattr(runner, "max_tokens", None)
-        budget = budget or max(runner.new_buckets[-1], runner.row_buckets[-1])
+        budget = budget or runner.max_tokens
         new = tuple(size for size in runner.new_buckets if size > 1)  # of prefill steps
         if not new:
             raise BadInput("the runner has no bucket for more than one new token; it needs one for prompts")

@@ -21,7 +21,7 @@ from autopar.core.plan import Plan
 from autopar.core.program import Buffer, Program
 from autopar.core.timeline import Timeline
 from autopar.runtime import layout
-from autopar.runtime.backend import StageMemory
+from autopar.runtime.backend import Fetch, StageMemory
 from autopar.runtime.fill import Fillers
 from autopar.runtime.inprocess import constants, stage_memory, stage_name
 from autopar.runtime.ray_backend.nodes import Nodes
@@ -166,16 +166,14 @@ class RaySession:
         events = sorted((event for found in answers for event in found), key=lambda event: event.start)
         return Timeline(tuple(events), tuple(map(stage_name, range(len(answers)), self.plan.stages)))
 
-    def fetcher(
-        self, stage: int, buffers: Sequence[Buffer], program: int = 0
-    ) -> Callable[[], Callable[[], Sequence[Array]]]:
+    def fetcher(self, stage: int, buffers: Sequence[Buffer], program: int = 0) -> Fetch:
         wanted = list(buffers)
         if not wanted:
-            return lambda: list
+            return lambda rows=None: list
 
-        def start() -> Callable[[], Sequence[Array]]:
+        def start(rows: Sequence[int] | None = None) -> Callable[[], Sequence[Array]]:
             self._check()
-            call = self._workers[stage].fetch.remote(wanted, program)
+            call = self._workers[stage].fetch.remote(wanted, program, rows)
             return lambda: self._watch(stage, call)
 
         return start
@@ -342,7 +340,7 @@ class Sibling:
     def measure(self, feeds: Sequence[Mapping[Buffer, Array]]) -> Timeline:
         return self._base.measure(feeds, self._number)
 
-    def fetcher(self, stage: int, buffers: Sequence[Buffer]) -> Callable[[], Callable[[], Sequence[Array]]]:
+    def fetcher(self, stage: int, buffers: Sequence[Buffer]) -> Fetch:
         return self._base.fetcher(stage, buffers, self._number)
 
     def compile(self) -> None:

@@ -137,9 +137,9 @@ class StageWorker:
         """Runs one step. start: `time.time()` from which its events are to be measured; gives them."""
         return self._try(lambda: self._step(number, feeds, start, self._take(program)))
 
-    def fetch(self, buffers: Sequence[Buffer], program: int = 0) -> Answer:
-        """Gives whole numpy arrays (of a typed PRNG key its data)."""
-        return self._try(lambda: [_host(x) for x in self._take(program).interpreter.fetch(buffers)])
+    def fetch(self, buffers: Sequence[Buffer], program: int = 0, rows: Sequence[int] | None = None) -> Answer:
+        """Gives numpy arrays (of a typed PRNG key its data), whole or these rows of them."""
+        return self._try(lambda: [_host(x, rows) for x in self._take(program).interpreter.fetch(buffers)])
 
     def hlo(self, program: int = 0) -> Answer:
         """Gives segment → compiled text."""
@@ -286,11 +286,12 @@ class StageWorker:
         return fullest(live), resident, most
 
 
-def _host(x: Array) -> Array:
-    """The array as numpy keeps it; of a typed PRNG key its data."""
+def _host(x: Array, rows: Sequence[int] | None = None) -> Array:
+    """The array, or rows of it, as numpy keeps it; of a typed PRNG key its data."""
     import jax
     import numpy as np
 
     from autopar.runtime import layout
 
-    return np.asarray(jax.random.key_data(x) if layout.is_key(x.dtype) else x)
+    whole = np.asarray(jax.random.key_data(x) if layout.is_key(x.dtype) else x)
+    return whole if rows is None else whole[list(rows)]
