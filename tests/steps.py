@@ -18,7 +18,7 @@ import optax
 
 import autopar as ap
 from autopar import cluster
-from autopar.models import families, gpt, mlp, moe, wide_resnet
+from autopar.models import bert, families, gpt, layers, llama, mlp, moe, unet, vit, wide_resnet
 from autopar.models.step import adamw, init_state, train_step
 
 BATCH, STEPS = 8, 3
@@ -40,7 +40,7 @@ class Case:
 
 # -- models
 
-TEXT = {"vocabulary": 32, "positions": 8, "hidden": 16, "heads": 2}
+TEXT: Any = {"vocabulary": 32, "positions": 8, "hidden": 16, "heads": 2}
 LAYERS = 3
 PLAIN = gpt.GPTConfig(layers=LAYERS, **TEXT)
 CONFIGS = {
@@ -55,8 +55,24 @@ CONFIGS = {
             channels=8,
             classes=8,
             image=8,
-            norm=functools.partial(wide_resnet.group_norm, 4),
+            norm=functools.partial(layers.group_norm, 4),
         ),
+    ),
+    "bert": (families.BERT, bert.BERTConfig(layers=2, mask_token=3, dropout=0.1, **TEXT)),
+    "vit": (families.VIT, vit.ViTConfig(image=8, patch=4, classes=8, layers=2, hidden=16, heads=2)),
+    "unet": (
+        families.UNET,
+        unet.UNetConfig(
+            image=8,
+            channels=8,
+            attention=(4,),
+            norm=functools.partial(layers.group_norm, 4),
+        ),
+    ),
+    "llama": (families.LLAMA, llama.Config(LAYERS, 16, 4, 2, 32, vocabulary=32, positions=8)),
+    "llama scan": (
+        families.LLAMA,
+        llama.Config(LAYERS, 16, 4, 2, 32, vocabulary=32, positions=8, scan_layers=True),
     ),
     "mlp": (families.MLP, mlp.MLPConfig(inputs=16, hidden=32, outputs=8, layers=3)),
     "mlp adamw": (families.MLP, mlp.MLPConfig(inputs=16, hidden=32, outputs=8, layers=3)),

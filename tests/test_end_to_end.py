@@ -12,7 +12,10 @@ import pytest
 import autopar as ap
 from tests.steps import EIGHT, MIXED, alone, assert_equal, case, run
 
-MODELS = ("gpt", "gpt jax.grad", "gpt anonymous", "gpt scan", "moe", "wresnet", "mlp", "gpt scan dropout")
+MODELS = (
+    *("gpt", "gpt jax.grad", "gpt anonymous", "gpt scan", "gpt scan dropout"),
+    *("bert", "vit", "unet", "llama", "llama scan", "moe", "wresnet", "mlp"),
+)
 
 
 def compare(name, cluster, method, **options):
@@ -40,6 +43,10 @@ QUICK_SPMD = (
     ("gpt", ap.Zero3(mesh=(1, 8), micro_batches=2)),
     ("gpt jax.grad", ap.ShardParallel(mesh=(1, 8), micro_batches=2)),
     ("gpt scan dropout", ap.ShardParallel(mesh=(1, 8), micro_batches=2)),
+    ("bert", ap.ShardParallel(mesh=(2, 4))),
+    ("vit", ap.ShardParallel(mesh=(2, 4))),
+    ("unet", ap.ShardParallel(mesh=(1, 8))),
+    ("llama scan", ap.ShardParallel(mesh=(2, 4), micro_batches=2)),
 )
 METHODS = (ap.ShardParallel, ap.DataParallel, ap.Zero2, ap.Zero3)
 

@@ -11,10 +11,11 @@ import pytest
 
 from autopar import models
 from autopar.core.errors import BadInput, UnknownName
-from autopar.models import gpt, layers, mlp, moe, opt, wide_resnet
+from autopar.models import bert, families, gpt, layers, mlp, moe, opt, unet, vit, wide_resnet
 
-LADDER = [name for name in models.names() if "-" in name and "tiny" not in name]
-TINY = [name for name in models.names() if name not in LADDER]
+SIZED = re.compile(r"(gpt|moe|wresnet|opt|llama|smollm2)-[\d.]+[mb]$")
+LADDER = [name for name in models.names() if SIZED.search(name)]
+TINY = [name for name in models.names() if name.endswith("-tiny") or name == "mlp"]
 SMALL_GPT = gpt.GPTConfig(vocabulary=31, positions=12, layers=3, hidden=16, heads=2)
 SMALL_OPT = opt.OPTConfig(3, 16, 2, vocabulary=31, positions=12)
 POST_NORM_OPT = opt.OPTConfig(3, 16, 2, embedding=8, post_norm=True, vocabulary=31, positions=12)
@@ -119,9 +120,9 @@ def shapes_of(tree):
 def test_forward_gives_logits(name):
     step = models.get(name, batch=2, training=False)
     logits = jax.eval_shape(step.step, *step.args)
-    want = {"wresnet-tiny": (2, 16), "mlp": (2, 16)}.get(name, (2, 32, 256))
-    assert logits.shape == want and logits.dtype == jnp.float32
-    assert step.make_batch(jax.random.key(0)).shape == step.args[1].shape
+    odd = {"wresnet-tiny": (2, 16), "mlp": (2, 16), "vit-tiny": (2, 16), "unet-tiny": (2, 16, 16, 3)}
+    assert logits.shape == odd.get(name, (2, 32, 256)) and logits.dtype == jnp.float32
+    assert shapes_of(step.make_batch(jax.random.key(0))) == step.args[1]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -322,7 +323,9 @@ def test_decode_step_by_name():
 # ---- what planning relies on
 
 
-@pytest.mark.parametrize("name", ["gpt-tiny", "moe-tiny", "wresnet-tiny", "opt-tiny"])
+@pytest.mark.parametrize(
+    "name", ["gpt-tiny", "moe-tiny", "wresnet-tiny", "opt-tiny", "bert-tiny", "vit-tiny", "llama-tiny"]
+)
 @pytest.mark.parametrize("way", ["jvp(", "transpose(jvp("])
 def test_blocks_are_named_forward_and_backward(name, way):
     step = models.get(name, training=True)
@@ -396,7 +399,13 @@ FAMILIES = {
     "wide_resnet": (wide_resnet, wide_resnet.WideResNetConfig((1,), 32, 2, 31, 16)),
     "opt": (opt, dataclasses.replace(SMALL_OPT, layers=1)),
     "mlp": (mlp, mlp.MLPConfig()),
+    "bert": (bert, bert.BERTConfig(vocabulary=31, positions=12, layers=1, hidden=16, heads=2, mask_token=3)),
+    "vit": (vit, vit.ViTConfig(image=8, patch=4, classes=5, layers=1, hidden=16, heads=2)),
+    "unet": (unet, unet.UNetConfig(image=8, channels=16, norm=functools.partial(layers.group_norm, 8))),
 }
+
+
+MADE = {"bert": families.BERT, "vit": families.VIT, "unet": families.UNET}
 
 
 def halves_gap(family, config, batch):
@@ -423,6 +432,8 @@ def a_batch(kind, config):
     if kind == "wide_resnet":
         images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
         return {"images": images, "labels": jnp.arange(4)}
+    if kind in MADE:
+        return MADE[kind].make_batch(config, jax.random.key(1), batch=4, sequence=8)
     return {"tokens": some_tokens((4, 8)), "targets": some_tokens((4, 8), seed=1)}
 
 

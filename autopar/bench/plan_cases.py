@@ -10,7 +10,7 @@ from typing import Any
 from autopar import cluster as room
 from autopar.core.errors import BadInput, UnknownName
 from autopar.core.mesh import Mesh
-from autopar.models import catalog, wide_resnet
+from autopar.models import catalog, layers
 from autopar.models.step import ModelStep
 from autopar.trace.gradient import value_and_grad
 
@@ -48,7 +48,7 @@ def _moe(unit: int) -> Case:
 
 
 def _wide_resnet(unit: int) -> Case:
-    norm = functools.partial(wide_resnet.group_norm, unit)
+    norm = functools.partial(layers.group_norm, unit)
     sizes = {"channels": 8 * unit, "blocks": (1, 1, 1), "image": 32, "classes": 128 * unit, "norm": norm}
     return Case("wresnet", _train("wresnet-tiny", batch=8 * unit, **sizes))
 

@@ -1,4 +1,4 @@
-"""Built-in models by name: the ladders of Alpa's paper (Zheng et al. 2022) and of OPT, and tiny ones.
+"""Built-in models by name: the ladders of Alpa's paper (Zheng et al. 2022), published models, and tiny ones.
 
 Everything here is shapes until `init` or `make_batch` is called: `get("gpt-39b")` allocates nothing.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from autopar.core.errors import BadInput, UnknownName
-from autopar.models import families, gpt, mlp, moe, opt, wide_resnet
+from autopar.models import bert, families, gpt, layers, llama, mlp, moe, opt, unet, vit, wide_resnet
 from autopar.models.families import Family
 from autopar.models.paged import Cache
 from autopar.models.serving import get_serving, serving_names
@@ -65,12 +65,31 @@ def _wide_resnet(layers: int, channels: int, width: int) -> Entry:
     return Entry(families.WIDE_RESNET, config, 1536, None, jnp.float32)
 
 
+def _bert(hidden: int, layers: int, heads: int) -> Entry:
+    config = bert.BERTConfig(vocabulary=30522, positions=512, layers=layers, hidden=hidden, heads=heads)
+    return Entry(families.BERT, config, 256, 512, jnp.float16)
+
+
+def _vit(hidden: int, layers: int, heads: int) -> Entry:
+    config = vit.ViTConfig(image=224, patch=16, classes=1000, layers=layers, hidden=hidden, heads=heads)
+    return Entry(families.VIT, config, 4096, None, jnp.float16)
+
+
+def _unet(image: int, multipliers: tuple[int, ...], batch: int) -> Entry:
+    config = unet.UNetConfig(image=image, channels=128, multipliers=multipliers, blocks=2, attention=(16,))
+    return Entry(families.UNET, config, batch, None, jnp.float32)
+
+
+def _llama(name: str, sequence: int = 2048, dtype: Any = jnp.float16) -> Entry:
+    return Entry(families.LLAMA, get_serving(name).config, 512, sequence, dtype)
+
+
 def _opt(name: str, sequence: int = 512, dtype: Any = jnp.float16) -> Entry:
     return Entry(families.OPT, get_serving(name).config, 8, sequence, dtype)
 
 
 _TINY_RESNET = wide_resnet.WideResNetConfig(
-    channels=16, classes=16, image=32, norm=functools.partial(wide_resnet.group_norm, 8)
+    channels=16, classes=16, image=32, norm=functools.partial(layers.group_norm, 8)
 )
 
 _ENTRIES: dict[str, Entry] = {
@@ -95,6 +114,17 @@ _ENTRIES: dict[str, Entry] = {
     "wresnet-6.8b": _wide_resnet(50, 320, 16),
     "wresnet-13b": _wide_resnet(101, 320, 16),
     **{name: _opt(name) for name in serving_names("opt") if name != "opt-tiny"},
+    "bert-base": _bert(768, 12, 12),
+    "bert-large": _bert(1024, 24, 16),
+    "vit-b16": _vit(768, 12, 12),
+    "vit-l16": _vit(1024, 24, 16),
+    "unet-ddpm-32": _unet(32, (1, 2, 2, 2), 128),
+    "unet-ddpm-256": _unet(256, (1, 1, 2, 2, 4, 4), 64),
+    **{name: _llama(name) for name in serving_names("llama") if name != "llama-tiny"},
+    "bert-tiny": Entry(families.BERT, bert.BERTConfig(), 8, 32, jnp.float32),
+    "vit-tiny": Entry(families.VIT, vit.ViTConfig(), 8, None, jnp.float32),
+    "unet-tiny": Entry(families.UNET, unet.UNetConfig(), 8, None, jnp.float32),
+    "llama-tiny": dataclasses.replace(_llama("llama-tiny", 32, jnp.float32), batch=8),
     "gpt-tiny": Entry(families.GPT, gpt.GPTConfig(), 8, 32, jnp.float32),
     "moe-tiny": Entry(families.MOE, moe.MoEConfig(), 8, 32, jnp.float32),
     "wresnet-tiny": Entry(families.WIDE_RESNET, _TINY_RESNET, 8, None, jnp.float32),
@@ -257,6 +287,6 @@ def _configure(name: str, config: Any, sequence: int | None, changes: dict[str, 
     config = dataclasses.replace(config, **changes)
     if sequence is None or sequence <= config.positions or "positions" in changes:
         return config
-    if isinstance(config, opt.OPTConfig):
+    if isinstance(config, (opt.OPTConfig, llama.LlamaConfig, bert.BERTConfig)):
         raise BadInput(f"{name} has {config.positions} positions, but got a sequence of {sequence}")
     return dataclasses.replace(config, positions=sequence)

@@ -1,8 +1,9 @@
 """What the decoders that are served have in common: the walk through their layers, products and norms.
 
 A model is a `Decoder`, four functions; its `forward` reads whole sequences with them and `step` goes on with
-sequences whose keys and values are in blocks. Layers are unrolled, each with its own weights: a scan would
-copy weight slices and the cache at every step. Weights are kept as `[out, in]`: a product is `weight · x`.
+sequences whose keys and values are in blocks. Served layers are unrolled, each with its own weights: a scan
+would copy weight slices and the cache at every step; `forward` scans where weights are stacked. Weights are
+kept as `[out, in]`: a product is `weight · x`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ Array = jax.Array
 Params = dict[str, Any]
 Mix = Callable[..., tuple[Array, LayerCache | None]]
 """`mix(query, key, value, slopes=None)`: attention, and a layer's cache with the new keys and values."""
+
+
+STACKED = "Blocks"
+"""What the parameters of all blocks are called where they are stacked, for one scan over them."""
 
 
 class Decoder(NamedTuple):
@@ -51,9 +56,17 @@ class Decoder(NamedTuple):
         check_length(config.positions, tokens.shape[1])
         positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
         x = _embed(self, config, params, tokens, positions)
-        for i in range(config.layers):
-            with jax.named_scope(f"Block_{i}"):
-                x, _ = self.block(config, params[f"Block_{i}"], x, positions, _causal)
+
+        def block(x: Array, layer: Params) -> tuple[Array, None]:
+            return self.block(config, layer, x, positions, _causal)[0], None
+
+        if STACKED in params:
+            with jax.named_scope(STACKED):
+                x, _ = jax.lax.scan(block, x, params[STACKED])
+        else:
+            for i in range(config.layers):
+                with jax.named_scope(f"Block_{i}"):
+                    x, _ = block(x, params[f"Block_{i}"])
         return _head(self, config, params, x)
 
     def step(
@@ -79,6 +92,8 @@ class Decoder(NamedTuple):
         Returns:
             float32 `[rows, vocabulary]` (`[rows, new, vocabulary]` for `every`), and the new cache.
         """
+        if STACKED in params:
+            raise BadInput("a model with scan_layers=True is for training; serve it with scan_layers=False")
         where = slots(cache, tokens, positions, lengths, tables)
         x = _embed(self, config, params, tokens, jnp.minimum(where.positions, config.positions - 1))
 
@@ -225,6 +240,13 @@ def block_shapes(hidden: int, heads: int, inner: int, dtype: Any) -> Params:
 def norm_shapes(hidden: int, dtype: Any) -> Params:
     """Returns the parameters of a layer norm."""
     return {"scale": jax.ShapeDtypeStruct((hidden,), dtype), "bias": jax.ShapeDtypeStruct((hidden,), dtype)}
+
+
+def stacked(params: Params, layers: int) -> Params:
+    """Returns shapes of `Block_0`, `Block_1`, … as one `Blocks`, with the layers as first dim."""
+    rest = {name: shape for name, shape in params.items() if not name.startswith("Block_")}
+    stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), params["Block_0"])
+    return rest | {STACKED: stack}
 
 
 def check_heads(hidden: int, heads: int) -> None:

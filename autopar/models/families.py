@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from autopar.models import gpt, mlp, moe, opt, wide_resnet
+from autopar.models import bert, gpt, llama, mlp, moe, opt, unet, vit, wide_resnet
 
 Array = jax.Array
 
@@ -30,7 +30,7 @@ class Family:
     init: Callable[..., Any]
     loss: Callable[..., Array]
     forward: Callable[..., Array]
-    make_batch: Callable[..., dict[str, Array]]
+    make_batch: Callable[..., dict[str, Any]]
     inputs: str
     training: bool = True
 
@@ -40,8 +40,27 @@ def _token_batch(config: Any, key: Array, *, batch: int, sequence: int) -> dict[
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
+def _masked_batch(config: bert.BERTConfig, key: Array, *, batch: int, sequence: int) -> dict[str, Array]:
+    """Pairs of segments, some tokens of both hidden."""
+    some, places, ends = jax.random.split(key, 3)
+    tokens = jax.random.randint(some, (batch, sequence), 0, config.vocabulary, jnp.int32)
+    tokens, where, targets = bert.hide(config, tokens, places)
+    second = jnp.arange(sequence) >= jax.random.randint(ends, (batch, 1), 1, sequence + 1)
+    return {"tokens": tokens, "segments": second.astype(jnp.int32), "where": where, "targets": targets}
+
+
+def _noise_batch(config: unet.UNetConfig, key: Array, *, batch: int, sequence: None) -> dict[str, Any]:
+    images, noise, times = jax.random.split(key, 3)
+    shape = batch, config.image, config.image, config.colours
+    inputs = {
+        "images": jax.random.normal(images, shape, jnp.float32),
+        "times": jax.random.randint(times, (batch,), 0, config.steps, jnp.int32),
+    }
+    return {"inputs": inputs, "noise": jax.random.normal(noise, shape, jnp.float32)}
+
+
 def _image_batch(
-    config: wide_resnet.WideResNetConfig, key: Array, *, batch: int, sequence: None
+    config: wide_resnet.WideResNetConfig | vit.ViTConfig, key: Array, *, batch: int, sequence: None
 ) -> dict[str, Array]:
     images, labels = jax.random.split(key)
     return {
@@ -63,5 +82,9 @@ MOE = Family("mixture of experts", moe.init, moe.loss, moe.forward, _token_batch
 WIDE_RESNET = Family(
     "Wide-ResNet", wide_resnet.init, wide_resnet.loss, wide_resnet.forward, _image_batch, "images"
 )
+BERT = Family("BERT", bert.init, bert.loss, bert.forward, _masked_batch, "tokens")
+VIT = Family("Vision Transformer", vit.init, vit.loss, vit.forward, _image_batch, "images")
+UNET = Family("diffusion U-Net", unet.init, unet.loss, unet.forward, _noise_batch, "inputs")
+LLAMA = Family("Llama", llama.init, llama.loss, llama.forward, _token_batch, "tokens")
 OPT = Family("OPT", opt.init, opt.loss, opt.forward, _token_batch, "tokens", training=False)
 MLP = Family("perceptron", mlp.init, mlp.loss, mlp.forward, _vector_batch, "inputs")

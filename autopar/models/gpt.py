@@ -9,65 +9,30 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from autopar.core.errors import BadInput
-from autopar.models.layers import CausalAttention, FeedForward, LayerNorm, cross_entropy
+from autopar.models.decoder import check_length
+from autopar.models.layers import LayerNorm, cross_entropy
+from autopar.models.transformer import Style, TransformerConfig, run_blocks
 
 Array = jax.Array
 
 
-@dataclass(frozen=True)
-class GPTConfig:
+STYLE = Style()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig(TransformerConfig):
     """Returns the description of a GPT.
 
     Args:
         vocabulary: number of token ids.
         positions: longest sequence.
-        layers: number of blocks.
-        hidden: width of the residual stream.
-        heads: attention heads; must divide `hidden`.
-        dtype: dtype of activations and products.
-        param_dtype: dtype in which parameters are kept.
-        dropout: rate on attention weights and on what each half of a block adds.
-        scan_layers: one `lax.scan` over stacked parameters instead of `layers` separate blocks.
-        remat: recompute each block in the backward pass instead of keeping what is inside it.
+        The others are as in `TransformerConfig`.
     Raises:
         BadInput: when `heads` does not divide `hidden`.
     """
 
     vocabulary: int = 256
     positions: int = 128
-    layers: int = 4
-    hidden: int = 64
-    heads: int = 4
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    dropout: float = 0.0
-    scan_layers: bool = False
-    remat: bool = False
-
-    def __post_init__(self) -> None:
-        if self.hidden % self.heads:
-            raise BadInput(f"heads={self.heads} must divide hidden={self.hidden}; choose another of the two")
-
-
-class Block(nn.Module):
-    """Returns x + attention(norm(x)), then + feed_forward(norm(x)).
-
-    Call: `x [batch, time, hidden]` → the same shape.
-    """
-
-    config: GPTConfig
-
-    @nn.compact
-    def __call__(self, x: Array, deterministic: bool) -> Array:
-        c = self.config
-        kinds = {"dtype": c.dtype, "param_dtype": c.param_dtype}
-        y = LayerNorm(name="norm_attention", **kinds)(x)
-        y = CausalAttention(c.heads, dropout=c.dropout, name="attention", **kinds)(y, deterministic)
-        x = x + nn.Dropout(c.dropout)(y, deterministic=deterministic)
-        y = LayerNorm(name="norm_feed_forward", **kinds)(x)
-        y = FeedForward(4 * c.hidden, name="feed_forward", **kinds)(y)
-        return x + nn.Dropout(c.dropout)(y, deterministic=deterministic)
 
 
 class GPT(nn.Module):
@@ -85,8 +50,7 @@ class GPT(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array, deterministic: bool = True) -> Array:
         c = self.config
-        if tokens.shape[1] > c.positions:
-            raise BadInput(f"{tokens.shape[1]} tokens, but the model has {c.positions} positions")
+        check_length(c.positions, tokens.shape[1])
         kinds = {
             "dtype": c.dtype,
             "param_dtype": c.param_dtype,
@@ -95,27 +59,9 @@ class GPT(nn.Module):
         embedding = nn.Embed(c.vocabulary, c.hidden, name="embedding", **kinds)
         position = nn.Embed(c.positions, c.hidden, name="position", **kinds)
         x = embedding(tokens) + position(jnp.arange(tokens.shape[1]))
-        x = run_blocks(c, x, deterministic)
+        x = run_blocks(c, STYLE, x, deterministic)
         x = LayerNorm(dtype=c.dtype, param_dtype=c.param_dtype, name="norm")(x)
         return embedding.attend(x)
-
-
-def run_blocks(config: GPTConfig, x: Array, deterministic: bool) -> Array:
-    """Returns `x` after all blocks; creates their modules in the module that is being called."""
-    block = (
-        nn.remat(Block, static_argnums=(2,), prevent_cse=not config.scan_layers) if config.remat else Block
-    )
-    if not config.scan_layers:
-        for i in range(config.layers):
-            x = block(config, name=f"Block_{i}")(x, deterministic)
-        return x
-    scanned = nn.scan(
-        lambda module, carry, _: (module(carry, deterministic), None),
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        length=config.layers,
-    )
-    return scanned(block(config, name="Blocks"), x, None)[0]
 
 
 def init(config: GPTConfig, key: Array) -> Any:

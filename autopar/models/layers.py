@@ -1,4 +1,4 @@
-"""The pieces that several flax models share: causal attention, a feed-forward pair, a token loss."""
+"""The pieces that several flax models share: attention, a feed-forward pair, norms, a token loss."""
 
 from __future__ import annotations
 
@@ -16,8 +16,18 @@ Array = jax.Array
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
 
-class CausalAttention(nn.Module):
-    """Returns multi-head self-attention in which a position sees itself and those before it.
+def group_norm(groups: int, *, dtype: Any, param_dtype: Any, name: str) -> nn.Module:
+    """Returns a group norm over `groups` groups of channels (Wu & He 2018), each example by itself."""
+    return nn.GroupNorm(
+        groups, epsilon=1e-5, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name
+    )
+
+
+GROUP_NORM_32 = functools.partial(group_norm, 32)
+
+
+class Attention(nn.Module):
+    """Returns multi-head self-attention; with `causal` a position sees only itself and those before it.
 
     Queries, keys and values have a kernel `[hidden, heads, head_size]` each: a fused one would have to be
     permuted to be split by heads. Scores and their softmax are float32 whatever `dtype` is.
@@ -29,6 +39,7 @@ class CausalAttention(nn.Module):
     dtype: Any
     param_dtype: Any
     dropout: float
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
@@ -36,23 +47,29 @@ class CausalAttention(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         split = functools.partial(nn.DenseGeneral, features=(self.heads, hidden // self.heads), **kinds)
         query, key, value = split(name="query")(x), split(name="key")(x), split(name="value")(x)
-        weights = attention_weights(query, key, causal_mask(x.shape[1])).astype(self.dtype)
+        mask = causal_mask(x.shape[1]) if self.causal else None
+        weights = attention_weights(query, key, mask).astype(self.dtype)
         weights = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
         return nn.DenseGeneral(hidden, axis=(-2, -1), name="out", **kinds)(mixed)
 
 
 class FeedForward(nn.Module):
-    """Returns GELU(x · up) · down with an inner width of `width`. Call: `[…, hidden] → […, hidden]`."""
+    """Returns GELU(x · up) · down with an inner width of `width`. Call: `[…, hidden] → […, hidden]`.
+
+    `exact`: the GELU of the error function rather than its tanh approximation.
+    """
 
     width: int
     dtype: Any
     param_dtype: Any
+    exact: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
-        return dense(x.shape[-1], name="down")(nn.gelu(dense(self.width, name="up")(x)))
+        inner = nn.gelu(dense(self.width, name="up")(x), approximate=not self.exact)
+        return dense(x.shape[-1], name="down")(inner)
 
 
 def causal_mask(time: int) -> Array:
@@ -62,20 +79,20 @@ def causal_mask(time: int) -> Array:
     return row >= column
 
 
-def attention_weights(query: Array, key: Array, mask: Array) -> Array:
+def attention_weights(query: Array, key: Array, mask: Array | None) -> Array:
     """Returns softmax(query · key / √head_size) in float32, zero where `mask` is false.
 
     Args:
         query: `[batch, queries, heads, head_size]`.
         key: `[batch, keys, heads, head_size]`.
-        mask: bool, broadcastable to `[batch, heads, queries, keys]`.
+        mask: bool, broadcastable to `[batch, heads, queries, keys]`; None where every query sees every key.
     Returns:
         `[batch, heads, queries, keys]` float32; each row sums to one.
     """
     # Scaling the query first keeps float16 scores of wide heads in range.
     query = query * query.shape[-1] ** -0.5
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
-    return jax.nn.softmax(jnp.where(mask, scores, -1e9), axis=-1)
+    return jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, -1e9), axis=-1)
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:

@@ -41,6 +41,7 @@ class LlamaConfig:
         qkv_bias, out_bias, feed_forward_bias: where products have a bias (Qwen2: the first).
         dtype, param_dtype: of activations, and of parameters as kept.
         int8: kernels of the blocks (and an untied head) are kept in int8, as in `int8.py`.
+        scan_layers: one `lax.scan` over stacked parameters instead of `layers` blocks; for training only.
     Raises:
         BadInput: when head counts do not divide.
     """
@@ -62,6 +63,7 @@ class LlamaConfig:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     int8: bool = False
+    scan_layers: bool = False
 
     def __post_init__(self) -> None:
         if not self.head_size:
@@ -104,7 +106,8 @@ def parameter_shapes(config: LlamaConfig) -> Params:
     params["norm"] = {"scale": leaf(hidden)}
     if not config.tied:
         params["head"] = leaf(config.vocabulary, hidden)
-    return int8_shapes(params) if config.int8 else params
+    params = int8_shapes(params) if config.int8 else params
+    return decoder.stacked(params, config.layers) if config.scan_layers else params
 
 
 def _embed(config: LlamaConfig, params: Params, tokens: Array, positions: Array) -> Array:

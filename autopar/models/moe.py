@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from autopar.core.errors import BadInput
-from autopar.models.layers import CausalAttention, FeedForward, LayerNorm, cross_entropy
+from autopar.models.layers import Attention, FeedForward, LayerNorm, cross_entropy
 
 Array = jax.Array
 
@@ -169,7 +169,7 @@ class Block(nn.Module):
         c = self.config
         kinds = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         y = LayerNorm(name="norm_attention", **kinds)(x)
-        y = CausalAttention(c.heads, dropout=c.dropout, name="attention", **kinds)(y, deterministic)
+        y = Attention(c.heads, dropout=c.dropout, name="attention", **kinds)(y, deterministic)
         x = x + nn.Dropout(c.dropout)(y, deterministic=deterministic)
         y, balance = LayerNorm(name="norm_feed_forward", **kinds)(x), None
         if self.sparse:

@@ -19,22 +19,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from autopar.models.layers import cross_entropy
+from autopar.models.layers import GROUP_NORM_32, cross_entropy
 
 Array = jax.Array
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 """Blocks of each of the four groups, by the number of layers in the network's name."""
-
-
-def group_norm(groups: int, *, dtype: Any, param_dtype: Any, name: str) -> nn.Module:
-    """Returns a group norm over `groups` groups of channels (Wu & He 2018), each example by itself."""
-    return nn.GroupNorm(
-        groups, epsilon=1e-5, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name
-    )
-
-
-GROUP_NORM_32 = functools.partial(group_norm, 32)
 
 
 class BatchStatisticsNorm(nn.Module):
