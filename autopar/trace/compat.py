@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -128,6 +128,27 @@ def evaluate(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
 def is_dropped(v: Any) -> bool:
     """Returns whether an equation's result is never read."""
     return isinstance(v, DropVar)
+
+
+def context_of(equation: JaxprEqn) -> Any:
+    """Returns what was set around an equation when it was traced; equal contexts are equal or the same."""
+    return getattr(equation, "ctx", None)
+
+
+def scopes_of(equation: JaxprEqn) -> tuple[str, ...]:
+    """Returns the names around an equation, outermost first, without transformations."""
+    return tuple(part.name for part in equation.source_info.name_stack.stack if _is_scope(part))
+
+
+def renamed(stack: Any, rename: Callable[[tuple[str, ...]], tuple[str, ...]]) -> Any:
+    """Returns a name stack with its names, outermost first, replaced by as many others."""
+    names = iter(rename(tuple(part.name for part in stack.stack if _is_scope(part))))
+    parts = (type(part)(next(names)) if _is_scope(part) else part for part in stack.stack)
+    return type(stack)(tuple(parts))
+
+
+def _is_scope(part: Any) -> bool:
+    return type(part).__name__ == "Scope"
 
 
 def version() -> tuple[int, ...]:

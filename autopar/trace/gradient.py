@@ -22,8 +22,9 @@ from autopar.trace.forward_layers import (
     relevant_variables,
 )
 from autopar.trace.grad_equation import GRAD, grad, value_and_grad
-from autopar.trace.layer_vjp import Derivative, Layer, cut, differentiate_layer, relocated, tracebacks
+from autopar.trace.layer_vjp import Derivative, Layer, cut, relocated, tracebacks
 from autopar.trace.rename import keep_names
+from autopar.trace.twins import Differentiator
 
 __all__ = ["GRAD", "differentiate", "grad", "gradient_equations", "value_and_grad"]
 
@@ -121,6 +122,7 @@ class _Differentiation:
         self.remat = remat
         self.forward = assigned.forward
         self.relevant = relevant_variables(self.forward)
+        self.differentiate = Differentiator(self.relevant)
         self.outside: dict[Var, Atom] = dict(zip(self.forward.flat.inputs, self.forward.operands))
         self.contributions: dict[Var, list[Atom]] = {}
 
@@ -156,7 +158,7 @@ class _Differentiation:
     def _add_forward(self, layer: Layer) -> tuple[Layer, Derivative, list[Atom]]:
         name = self.assigned.names[layer.index]
         remat = name in self.remat if isinstance(self.remat, frozenset) else self.remat
-        derivative = differentiate_layer(layer, self.relevant, remat or layer.index in self.assigned.remat)
+        derivative = self.differentiate(layer, remat or layer.index in self.assigned.remat)
         operands = [self._outer(v) for v in layer.inputs]
         results = self._inline(derivative.forward, operands, Mark(name, Phase.FORWARD), layer)
         self.outside.update(zip(layer.outputs, results))
