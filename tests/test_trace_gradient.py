@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax._src import source_info_util
 from jax.extend.core import Literal
 
-from autopar.core.graph import Equation, Graph, Phase, Value
+from autopar.core.graph import Equation, Graph, Phase, Remat, Value
 from autopar.models import gpt
 from autopar.trace.capture import begin, split
 from autopar.trace.flat import dce, flatten, run
@@ -197,7 +197,7 @@ def sgd(loss, vg=value_and_grad):
     return step
 
 
-@pytest.mark.parametrize("remat", [False, True, frozenset({"Layer_1"})])
+@pytest.mark.parametrize("remat", [False, True, {"Layer_1": Remat.FULL}, Remat.PRODUCTS])
 @pytest.mark.parametrize("skip", [False, True])
 def test_mlp(remat, skip):
     step = sgd(lambda p, b: jnp.mean((mlp(p, b["x"], 3, skip) - b["y"]) ** 2))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from autopar.stages import assign
 from autopar.trace.capture import Begun, Prepared, begin, finish, split
+from autopar.trace.either import Remats
 from autopar.trace.traced import Traced
 
 
@@ -34,12 +35,13 @@ class Tracer:
     layers: int | None = None
     layer_scans: bool = True
     stages: int = 1
-    _known: dict[tuple[int, bool], Traced] = field(default_factory=dict)
-    _prepared: dict[int, Prepared] = field(default_factory=dict)
+    _known: dict[Hashable, Traced] = field(default_factory=dict)
+    _prepared: dict[tuple[int, bool], Prepared] = field(default_factory=dict)
 
-    def __call__(self, microbatches: int, remat: bool) -> Traced:
+    def __call__(self, microbatches: int, remat: Remats) -> Traced:
         """Returns the trace. Raises TraceError, MixedExamples, BadInput."""
-        key = (microbatches, remat)
+        named = tuple(sorted(remat.items())) if isinstance(remat, Mapping) else remat
+        key = (microbatches, self.layer_scans, named)
         if key not in self._known:
             completed = partial(assign, layers=self.layers, least=self.stages)
             self._known[key] = finish(self.prepared(microbatches), assign=completed, remat=remat)
@@ -47,9 +49,10 @@ class Tracer:
 
     def prepared(self, microbatches: int) -> Prepared:
         """Returns the step traced for one micro-batch, not yet differentiated."""
-        if microbatches not in self._prepared:
-            self._prepared[microbatches] = split(self.begun, microbatches, layer_scans=self.layer_scans)
-        return self._prepared[microbatches]
+        key = (microbatches, self.layer_scans)
+        if key not in self._prepared:
+            self._prepared[key] = split(self.begun, microbatches, layer_scans=self.layer_scans)
+        return self._prepared[key]
 
     @functools.cached_property
     def begun(self) -> Begun:

@@ -12,6 +12,9 @@ from autopar.core.dtypes import itemsize
 Dims: TypeAlias = tuple[tuple[int, ...], ...]
 """The factors of each dim of one tensor, major first: ((0,), (1, 2)) is "i, jk"."""
 
+Alternative: TypeAlias = "tuple[str, Remat]"
+"""A layer's name ("" without one), and one of the ways to run it."""
+
 
 class Phase(enum.StrEnum):
     """When an equation runs: forward and backward once per micro-batch, apply once per step."""
@@ -19,6 +22,14 @@ class Phase(enum.StrEnum):
     FORWARD = "forward"
     BACKWARD = "backward"
     APPLY = "apply"
+
+
+class Remat(enum.StrEnum):
+    """What the backward pass of a layer computes again instead of keeping it from the forward."""
+
+    NONE = "nothing"
+    PRODUCTS = "all but products"  # what matrix products and convolutions made is kept
+    FULL = "everything"  # the layer's inputs are kept
 
 
 class OpKind(enum.StrEnum):
@@ -31,6 +42,7 @@ class OpKind(enum.StrEnum):
     INDEXED = "indexed"  # gather, scatter, slices at an index: touches only the part that is indexed
     LOOP = "loop"  # has a body (scan)
     OPAQUE = "opaque"  # no rule: replicated, with a note
+    EITHER = "either"  # one of its operands: what the alternative made that is taken
 
 
 class Combine(enum.StrEnum):
@@ -131,6 +143,8 @@ class Equation:
         loop: the body, when kind is LOOP.
         costly: elementwise, but too dear to be computed again in every kernel that reads it (exp, tanh,
             division, …): with several readers its result is kept.
+        when: the alternative it belongs to, in a graph that holds several for a layer: it runs only if that
+            is taken.
     """
 
     op: str
@@ -144,6 +158,7 @@ class Equation:
     source: str = ""
     loop: Loop | None = None
     costly: bool = False
+    when: Alternative | None = None
 
     @property
     def operands(self) -> tuple[int, ...]:

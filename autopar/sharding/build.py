@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from autopar.core.dtypes import itemsize
 from autopar.core.graph import Equation, OpKind, Phase, Value
 from autopar.core.mesh import Device
+from autopar.sharding import alternatives
 from autopar.sharding.grid import Grid, Layout
 from autopar.sharding.model import Home, Key, Lazy, Model, Read, Scope, Site, Step
 from autopar.sharding.options import Options
@@ -100,7 +101,12 @@ class Builder:
         """Adds all equations of a scope."""
         for i, equation in enumerate(scope.equations):
             self.model.ticks += 1
-            self.equation(scope, i, equation)
+            if equation.when is not None:
+                alternatives.add(self, scope, i, equation)
+            elif equation.kind is OpKind.EITHER:
+                alternatives.join(self, scope, equation)
+            else:
+                self.equation(scope, i, equation)
 
     def equation(self, scope: Scope, i: int, e: Equation) -> None:
         tensors = [

@@ -35,7 +35,8 @@ def share_reads(model: Model, grid: Grid, region: Region, regather: bool) -> Non
         if len({model.reads[r].target.node for r in members}) < 2:
             continue
         layouts = table_for(model.value(key).shape, grid).layouts
-        node = model.node("copy", len(layouts), ("copy", model.value(key).shape))
+        owner = model.owners.get(source.node)
+        node = model.node("copy", len(layouts), ("copy", model.value(key).shape), owner=owner)
         offered = Home(node, layouts)
         times = max(model.reads[r].times for r in members)
         for r in members:

@@ -13,6 +13,7 @@ A reshape or a cast-free view of one operand is that operand.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -54,7 +55,7 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int]) -> Fusion
             size = nbytes(model.value(key))
             big = _big(step, model, nbytes, size)
             ticks = {tick for tick, _ in model.uses.get(key, [])}
-            several = len(ticks) > 1
+            several = _readers(model, ticks) > 1
             if several and (step.equation.costly or len(big) > 1):
                 continue
             found.sources[key] = big
@@ -62,6 +63,17 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int]) -> Fusion
             if not view:
                 found.kept_for[key] = frozenset(t for t in ticks if t in hungry or t not in steps)
     return found
+
+
+def _readers(model: Model, ticks: set[int]) -> int:
+    """How many kernels read a value: of several alternatives, the one that has most."""
+    if not model.asked:
+        return len(ticks)
+    shared = [tick for tick in ticks if tick not in model.asked]
+    most: dict[str, int] = {}
+    for (layer, _), count in Counter(model.asked[tick] for tick in ticks if tick in model.asked).items():
+        most[layer] = max(count, most.get(layer, 0))
+    return len(shared) + sum(most.values())
 
 
 def _fuses(step: Step) -> bool:

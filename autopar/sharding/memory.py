@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from autopar.core.graph import Combine, Phase, Value
+from autopar.core.graph import Alternative, Combine, Phase, Value
 from autopar.core.plan import Memory
 from autopar.sharding.fusion import fuse
 from autopar.sharding.grid import Grid, Layout
@@ -57,12 +57,21 @@ def usage(
         if each.any() and stop > start:
             items.append(Item(home.node, start, stop, each, role, key))
 
+    def keep(key: Key, home: Home, span: tuple[int, int, bool]) -> None:
+        start, stop, residual = span
+        if residual and region.whole and in_flight == 1:  # one program: freed as the backward goes
+            add(key, home, start, stop, RESIDUAL)
+        elif residual:
+            add(key, home, 0, turn, RESIDUAL, in_flight)
+        else:
+            add(key, home, start, stop, PASSING)
+
     for v in region.state:
         if ((), v) in model.homes:
             add(((), v), model.homes[(), v], 0, end, STATE)
     spans = Spans(region, model, nbytes)
     sums = dict(region.combine) if region.microbatches > 1 else {}
-    for key, home in model.homes.items():
+    for key, home in list(model.homes.items()):
         span = spans.of(key)
         if span is None:
             continue
@@ -70,12 +79,9 @@ def usage(
         if not key[0] and key[1] in sums:
             add(key, home, 0, end, STATE, region.microbatches if sums[key[1]] is Combine.CONCAT else 1)
             stop = min(stop, max(turn, start + 1))
-        if residual and region.whole and in_flight == 1:  # one program: freed as the backward goes
-            add(key, home, start, stop, RESIDUAL)
-        elif residual:
-            add(key, home, 0, turn, RESIDUAL, in_flight)
-        else:
-            add(key, home, start, stop, PASSING)
+        keep(key, home, (start, stop, residual))
+        for when, longer in spans.longer(key, stop):
+            keep(key, model.entry(key, when), longer)
     return (*items, *_passing_by(model, local, nbytes))
 
 
@@ -118,6 +124,7 @@ class Spans:
         self.fusion = fuse(region, model, nbytes)
         self.last: dict[Key, int] = {}
         self.crossing: set[Key] = set()
+        self.reading = Reading(model)
         self._begun: dict[Key, Phase] = {}
         for key, uses in model.uses.items():
             for tick, phase in uses:
@@ -126,11 +133,19 @@ class Spans:
     def of(self, key: Key) -> tuple[int, int, bool] | None:
         """Returns (start, stop, is a residual) of a value, or None when it takes no memory of its own."""
         result = not key[0] and key[1] in self.region.results
-        if key in self.skip or (key in self.fusion.sources and key not in self.last and not result):
+        read = key in self.last or key in self.reading.found
+        if key in self.skip or (key in self.fusion.sources and not read and not result):
             return None
         start = self.model.first[key]
-        stop = self.model.ticks + 1 if result else max(self.last.get(key, start), start) + 1
-        return start, stop, key in self.crossing
+        certain, crosses = self.reading.certain(key)
+        last = max(self.last.get(key, start), start, certain)
+        return start, self.model.ticks + 1 if result else last + 1, key in self.crossing or crosses
+
+    def longer(self, key: Key, stop: int) -> list[tuple[Alternative, tuple[int, int, bool]]]:
+        """Returns (start, stop, is a residual) beyond `stop` of a value that some alternatives keep for
+        longer."""
+        found = self.reading.found.get(key, {}).items()
+        return [(when, (stop, last + 1, crosses)) for when, (last, crosses) in found if last >= stop]
 
     def _use(self, key: Key, tick: int, phase: Phase, seen: set[Key]) -> None:
         """Keeps alive what a read of a value needs: the value itself, or what it is computed from again."""
@@ -141,12 +156,49 @@ class Spans:
             for source in sources - seen:
                 self._use(source, tick, phase, seen | {source})
             return
-        self.last[key] = max(self.last.get(key, 0), tick)
+        when = self.model.asked.get(tick)
+        apart = when is not None and self.model.owner(key) != when
+        if not apart:
+            self.last[key] = max(self.last.get(key, 0), tick)
         arriving = not key[0] and key[1] in self.region.arriving
         begun = self._begun.setdefault(key, phase)
         made = self.made.get(key, begun if arriving else Phase.APPLY)
-        if made is Phase.FORWARD and phase is Phase.BACKWARD:
+        crosses = made is Phase.FORWARD and phase is Phase.BACKWARD
+        if apart:
+            self.reading.add(key, when, tick, crosses)
+        elif crosses:
             self.crossing.add(key)
+
+
+class Reading:
+    """Until when alternatives read values that are no part of them.
+
+    Attributes:
+        found: value → alternative → (the tick of its last read, whether that is in the backward and the value
+            from the forward).
+    """
+
+    def __init__(self, model: Model):
+        self.found: dict[Key, dict[Alternative, tuple[int, bool]]] = {}
+        self._of_layer: dict[str, set[Alternative]] = {}
+        for when in model.asked.values():
+            self._of_layer.setdefault(when[0], set()).add(when)
+
+    def add(self, key: Key, when: Alternative | None, tick: int, crosses: bool) -> None:
+        """Records a read."""
+        assert when is not None
+        last, before = self.found.setdefault(key, {}).get(when, (0, False))
+        self.found[key][when] = max(last, tick), before or crosses
+
+    def certain(self, key: Key) -> tuple[int, bool]:
+        """Returns until when a value is read whatever alternatives are taken, and whether that crosses."""
+        found = self.found.get(key, {})
+        layers = [self._of_layer[name] for name in dict.fromkeys(name for name, _ in found)]
+        reads = [[found.get(when, (0, False)) for when in several] for several in layers]
+        return (
+            max((min(last for last, _ in each) for each in reads), default=0),
+            any(all(crosses for _, crosses in each) for each in reads),
+        )
 
 
 def loop_constants(model: Model) -> set[Key]:

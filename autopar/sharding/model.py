@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from autopar.core.graph import Equation, Phase, Value
+from autopar.core.graph import Alternative, Equation, Phase, Value
 from autopar.sharding.grid import Layout
 from autopar.sharding.strategies import Op, Ways
 
@@ -110,8 +110,14 @@ class Lazy:
 
 @dataclass
 class Model:
-    """Everything the builder found out; see the fields' types. `made`: homes of results before a tie moved
-    them.
+    """Everything the builder found out; see the fields' types.
+
+    Attributes:
+        made: homes of results before a tie moved them.
+        now: the alternative that is being added. owners: node → the alternative it is part of.
+        asked: tick → the alternative whose equation runs then.
+        same: homes of one value that have to agree, as far as their alternatives are taken.
+        entries: homes from which alternatives read.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -127,11 +133,40 @@ class Model:
     uses: dict[Key, list[tuple[int, Phase]]] = field(default_factory=dict)
     ticks: int = 0
     carried: dict[Key, Key] = field(default_factory=dict)
+    now: Alternative | None = None
+    owners: dict[int, Alternative] = field(default_factory=dict)
+    asked: dict[int, Alternative] = field(default_factory=dict)
+    same: list[tuple[Home, Home]] = field(default_factory=list)
+    entries: dict[tuple[Key, Alternative], Home] = field(default_factory=dict)
 
-    def node(self, name: str, choices: int, like: Hashable, parents: frozenset[int] = frozenset()) -> int:
-        """Adds a node; returns its number."""
+    def node(
+        self,
+        name: str,
+        choices: int,
+        like: Hashable,
+        parents: frozenset[int] = frozenset(),
+        owner: Alternative | None = None,
+    ) -> int:
+        """Adds a node; returns its number. owner: the alternative it is part of, by default `now`."""
         self.nodes.append(Node(name, choices, like, np.zeros(choices), parents))
+        owner = owner or self.now
+        if owner is not None:
+            self.owners[len(self.nodes) - 1] = owner
         return len(self.nodes) - 1
+
+    def owner(self, key: Key) -> Alternative | None:
+        """Returns the alternative that a value is part of."""
+        home = self.homes.get(key)
+        return None if home is None else self.owners.get(home.node)
+
+    def entry(self, key: Key, when: Alternative) -> Home:
+        """Returns where an alternative reads a value that it did not make: as the value lies."""
+        if (key, when) not in self.entries:
+            home = self.homes[key]
+            node = self.node("entry", len(home.layouts), ("entry", home.layouts), owner=when)
+            self.entries[key, when] = Home(node, home.layouts)
+            self.same.append((home, self.entries[key, when]))
+        return self.entries[key, when]
 
     def value(self, key: Key) -> Value:
         """Returns the value of a key."""

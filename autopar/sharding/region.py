@@ -139,7 +139,8 @@ def region_key(region: Region) -> str:
 
 
 def _equation_key(e: Equation) -> tuple[object, ...]:
-    return e.inputs, e.outputs, e.rule, e.kind, e.flops, e.phase, e.costly, e.loop and _loop_key(e.loop)
+    loop = e.loop and _loop_key(e.loop)
+    return e.inputs, e.outputs, e.rule, e.kind, e.flops, e.phase, e.costly, loop, e.when
 
 
 def _loop_key(loop: Loop) -> tuple[object, ...]:

@@ -14,6 +14,7 @@ from autopar.core.errors import BadInput, MixedExamples
 from autopar.core.graph import Graph
 from autopar.trace import boundary, gradient, marks, microbatch, rng_slices
 from autopar.trace.arguments import Call, Tree, shapes, split_call, take_apart
+from autopar.trace.either import Remats
 from autopar.trace.fingerprint import fingerprint
 from autopar.trace.flat import Flat, dce, flatten
 from autopar.trace.graph import trace
@@ -40,7 +41,7 @@ def capture(
     batch_argnums: Sequence[int] | None = None,
     microbatches: int = 1,
     assign: Assign = lambda graph: graph,
-    remat: frozenset[str] | bool = False,
+    remat: Remats = False,
     layer_scans: Sequence[int] | bool = True,
     rules: RuleBook = RULES,
 ) -> Traced:
@@ -56,8 +57,8 @@ def capture(
             arrays agree on a leading dim (see `state.roles`).
         microbatches: how many pieces the batch is cut into; shapes in the graph are those of one.
         assign: completes the layers and phases that names leave open (`stages.assign.assign`).
-        remat: names of layers (True: all) whose backward computes the forward again; only where
-            `autopar.grad` or `autopar.value_and_grad` says what is differentiated.
+        remat: what layers' backward computes again of their forward, for all (True: everything) or by name;
+            only where `autopar.grad` or `autopar.value_and_grad` says what is differentiated.
         layer_scans: how many layers each piece of a scan over layers has (see `scans.cut_scans`);
             True: one each; False: scans stay whole.
         rules: where factor rules are kept.
@@ -121,7 +122,7 @@ def finish(
     prepared: Prepared,
     *,
     assign: Assign = lambda graph: graph,
-    remat: frozenset[str] | bool = False,
+    remat: Remats = False,
     rules: RuleBook = RULES,
 ) -> Traced:
     """Returns the second half of `capture`: gradients differentiated layer by layer, and the graph."""
@@ -274,7 +275,7 @@ def _gradient_variables(flat: Flat) -> list[tuple[Any, Any]]:
     return found
 
 
-def normalise(flat: Flat, assign: Assign, remat: frozenset[str] | bool, rules: RuleBook) -> Flat:
+def normalise(flat: Flat, assign: Assign, remat: Remats, rules: RuleBook) -> Flat:
     """Returns a step with its marks, gradient equations differentiated layer by layer, boundaries removed."""
     if gradient.gradient_equations(flat):
         flat = gradient.differentiate(flat, assign, lambda f: trace(marks.annotate(f), rules).graph, remat)

@@ -9,17 +9,19 @@ from typing import Any
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Primitive, Var, jaxpr_as_fun, new_jaxpr_eqn
 
-from autopar.core.graph import Phase
+from autopar.core.graph import Alternative, Phase
 from autopar.trace import compat
 from autopar.trace.compat import Atom
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Where an equation belongs: its layer's name and its phase, each None when unknown."""
+    """Where an equation belongs: its layer's name and its phase, each None when unknown; `when` as in
+    `Equation`."""
 
     layer: str | None = None
     phase: Phase | None = None
+    when: Alternative | None = None
 
 
 UNMARKED = Mark()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
-from autopar.core.graph import Graph, Phase
+from autopar.core.graph import Graph, Phase, Remat
 from autopar.trace import boundary
 from autopar.trace.compat import Atom
+from autopar.trace.either import Remats, either, own, ways
 from autopar.trace.flat import Builder, Flat, Mark, dce, inline
 from autopar.trace.forward_layers import (
     Assigned,
@@ -40,7 +42,7 @@ def differentiate(
     flat: Flat,
     assign: Callable[[Graph], Graph],
     build: Callable[[Flat], Graph],
-    remat: frozenset[str] | bool = False,
+    remat: Remats = False,
 ) -> Flat:
     """Returns `flat` without gradient equations: in their place each layer's forward, then each layer's
     backward.
@@ -61,8 +63,7 @@ def differentiate(
             belongs to none.
         build: makes the graph of the forward, one equation for one. Its inputs are the step's own variables
             where possible.
-        remat: layers (by name; True for all) whose backward computes the forward again from the layer's
-            inputs.
+        remat: what each layer's backward computes again from the layer's inputs.
     Raises:
         NotImplementedError: when one gradient depends on another's result.
     """
@@ -94,7 +95,7 @@ def _replaced(
     at: int,
     assign: Callable[[Graph], Graph],
     build: Callable[[Flat], Graph],
-    remat: frozenset[str] | bool,
+    remat: Remats,
 ) -> Flat:
     equation = flat.equations[at]
     assigned = assign_layers(forward_of(equation), assign, build)
@@ -112,12 +113,19 @@ def _replaced(
     return builder.flat(flat.inputs, renamed(flat.outputs))
 
 
+@dataclass(frozen=True)
+class _Way:
+    """One way to differentiate a layer. residuals: what its backward reads of its forward."""
+
+    remat: Remat
+    derivative: Derivative
+    residuals: list[Atom]
+
+
 class _Differentiation:
     """One gradient equation being replaced; lives within `_replaced`."""
 
-    def __init__(
-        self, builder: Builder, assigned: Assigned, equation: JaxprEqn, remat: frozenset[str] | bool
-    ):
+    def __init__(self, builder: Builder, assigned: Assigned, equation: JaxprEqn, remat: Remats):
         self.builder, self.assigned, self.equation = builder, assigned, equation
         self.remat = remat
         self.forward = assigned.forward
@@ -134,8 +142,8 @@ class _Differentiation:
         loss = flat.outputs[0]
         if isinstance(loss, Var):
             self.contributions[loss] = [_scalar(1.0, loss)]
-        for layer, derivative, residuals in reversed(saved):
-            self._add_backward(layer, derivative, residuals)
+        for layer, found in reversed(saved):
+            self._add_backward(layer, found)
         results = [a if isinstance(a, Literal) else self._outer(a) for a in flat.outputs]
         return results + [self._total(v, Mark(None, Phase.APPLY)) for v in self.forward.wrt]
 
@@ -155,23 +163,48 @@ class _Differentiation:
         flat, assigned = self.forward.flat, self.assigned
         return cut(flat.equations, assigned.layer, len(assigned.names), copied, flat.outputs)
 
-    def _add_forward(self, layer: Layer) -> tuple[Layer, Derivative, list[Atom]]:
-        name = self.assigned.names[layer.index]
-        remat = name in self.remat if isinstance(self.remat, frozenset) else self.remat
-        derivative = self.differentiate(layer, remat or layer.index in self.assigned.remat)
+    def _add_forward(self, layer: Layer) -> tuple[Layer, list[_Way]]:
+        name, count = self.assigned.names[layer.index], len(layer.outputs)
+        forced = layer.index in self.assigned.remat
+        remats = (Remat.FULL,) if forced else ways(self.remat, name)
         operands = [self._outer(v) for v in layer.inputs]
-        results = self._inline(derivative.forward, operands, Mark(name, Phase.FORWARD), layer)
-        self.outside.update(zip(layer.outputs, results))
-        return layer, derivative, results[len(layer.outputs) :]
+        found: list[_Way] = []
+        made: list[list[Atom]] = []
+        for remat in remats:
+            derivative = self.differentiate(layer, remat)
+            mark = self._mark(layer, Phase.FORWARD, remat, len(remats))
+            start = len(self.builder.equations)
+            results = self._inline(derivative.forward, operands, mark, layer)
+            found.append(_Way(remat, derivative, results[count:]))
+            made.append(self._own(start, results[:count], mark, len(remats)))
+        outputs = either(self.builder, made, Mark(name, Phase.FORWARD), self.equation)
+        self.outside.update(zip(layer.outputs, outputs))
+        return layer, [_passed_on(way, mine, outputs) for way, mine in zip(found, made)]
 
-    def _add_backward(self, layer: Layer, derivative: Derivative, residuals: list[Atom]) -> None:
-        if derivative.backward is None:
+    def _add_backward(self, layer: Layer, found: list[_Way]) -> None:
+        targets, wanted = found[0].derivative.targets, found[0].derivative.wanted
+        if not wanted:
             return
-        mark = Mark(self.assigned.names[layer.index], Phase.BACKWARD)
-        cotangents = [self._total(v, mark) for v in derivative.targets]
-        results = self._inline(derivative.backward, [*residuals, *cotangents], mark, layer)
-        for v, cotangent in zip(derivative.wanted, results):
+        shared = Mark(self.assigned.names[layer.index], Phase.BACKWARD)
+        cotangents = [self._total(v, shared) for v in targets]
+        made: list[list[Atom]] = []
+        for way in found:
+            mark = self._mark(layer, Phase.BACKWARD, way.remat, len(found))
+            start = len(self.builder.equations)
+            assert way.derivative.backward is not None, "it has cotangents to give"
+            results = self._inline(way.derivative.backward, [*way.residuals, *cotangents], mark, layer)
+            made.append(self._own(start, results, mark, len(found)))
+        for v, cotangent in zip(wanted, either(self.builder, made, shared, self.equation)):
             self.contributions.setdefault(v, []).append(cotangent)
+
+    def _mark(self, layer: Layer, phase: Phase, remat: Remat, alternatives: int) -> Mark:
+        name = self.assigned.names[layer.index]
+        return Mark(name, phase, (name or "", remat) if alternatives > 1 else None)
+
+    def _own(self, start: int, results: Sequence[Atom], mark: Mark, alternatives: int) -> list[Atom]:
+        if alternatives == 1:
+            return list(results)
+        return own(self.builder, start, results, mark, self.equation)
 
     def _inline(self, closed: ClosedJaxpr, operands: Sequence[Atom], mark: Mark, layer: Layer) -> list[Atom]:
         start = len(self.builder.equations)
@@ -194,6 +227,12 @@ class _Differentiation:
         return self.builder.bind(
             lax.broadcast_in_dim_p, [_scalar(0.0, v)], [v.aval], params, mark, self.equation
         )[0]
+
+
+def _passed_on(way: _Way, made: Sequence[Atom], outputs: Sequence[Atom]) -> _Way:
+    """Returns the way with what it leaves to other layers read from where they read it, not kept twice."""
+    names = {a: b for a, b in zip(made, outputs) if isinstance(a, Var)}
+    return replace(way, residuals=[names.get(a, a) if isinstance(a, Var) else a for a in way.residuals])
 
 
 def _scalar(value: float, like: Var) -> Literal:

@@ -82,6 +82,7 @@ def build(
                 source=_source(equation, lines),
                 loop=_loop(equation, bodies.get(i)),
                 costly=costly(equation),
+                when=mark.when,
             )
         )
     return Graph(

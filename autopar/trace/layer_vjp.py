@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var, jaxpr_as_fun
 
+from autopar.core.graph import Remat
 from autopar.trace import compat
 from autopar.trace.compat import Atom
 
@@ -111,13 +112,20 @@ class Derivative:
     wanted: tuple[Var, ...]
 
 
-def differentiate_layer(layer: Layer, relevant: frozenset[Var], remat: bool) -> Derivative:
+_KEEPS = {
+    Remat.NONE: jax.checkpoint_policies.everything_saveable,
+    Remat.PRODUCTS: jax.checkpoint_policies.dots_saveable,
+    Remat.FULL: jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def differentiate_layer(layer: Layer, relevant: frozenset[Var], remat: Remat) -> Derivative:
     """Returns the layer's forward with residuals and its backward, traced by `jax.vjp`.
 
     Args:
         layer: what to differentiate.
         relevant: variables that depend on something to differentiate for and on which the loss depends.
-        remat: keep the layer's inputs only and compute the rest again in the backward.
+        remat: what to compute again in the backward; the layer's inputs are kept.
     """
     closed = ClosedJaxpr(compat.make_jaxpr(layer.inputs, layer.outputs, layer.equations), ())
     targets = tuple(v for v in layer.outputs if v in relevant)
@@ -135,7 +143,7 @@ def differentiate_layer(layer: Layer, relevant: frozenset[Var], remat: bool) -> 
         results = fun(*full)
         return [results[i] for i in differentiable], results
 
-    traced = jax.checkpoint(split) if remat else split
+    traced = split if remat is Remat.NONE else jax.checkpoint(split, policy=_KEEPS[remat])
     trees: list[Any] = []
 
     def forward(*everything: Any) -> tuple[Any, Any]:

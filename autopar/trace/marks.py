@@ -33,7 +33,8 @@ def annotate(flat: Flat) -> Flat:
     else:
         layers = layer_names(flat.equations)
     marks = tuple(
-        Mark(old.layer or layer, phase) for old, layer, phase in zip(flat.marks, layers, phases, strict=True)
+        Mark(old.layer or layer, phase, old.when)
+        for old, layer, phase in zip(flat.marks, layers, phases, strict=True)
     )
     return replace(flat, marks=marks)
 
@@ -66,7 +67,7 @@ def complete_phases(flat: Flat) -> Flat:
         for a in equation.invars:
             if not isinstance(a, Literal):
                 feeds[a].add(known)
-    return replace(flat, marks=tuple(Mark(m.layer, p) for m, p in zip(flat.marks, phases)))
+    return replace(flat, marks=tuple(Mark(m.layer, p, m.when) for m, p in zip(flat.marks, phases)))
 
 
 def order(flat: Flat) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from autopar.core.graph import Rule
 from autopar.trace import compat
 from autopar.trace.lowered import Composer, with_rules
 
-STRUCTURED = frozenset({"scan", "autopar_grad", "shard_map", "pallas_call"})
+STRUCTURED = frozenset({"scan", "autopar_grad", "autopar_either", "shard_map", "pallas_call"})
 """Equations that hold jaxprs of their own and have no rule as a whole."""
 
 _NESTED = frozenset({"while", "cond"})

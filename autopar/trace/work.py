@@ -9,6 +9,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from autopar.core.graph import OpKind, Rule
 from autopar.trace import compat
+from autopar.trace.either import is_either
 
 CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 VIEWS = frozenset(
@@ -43,6 +44,8 @@ def kind(equation: JaxprEqn, rule: Rule | None) -> OpKind:
     name = equation.primitive.name
     if name == "scan":
         return OpKind.LOOP
+    if is_either(equation):
+        return OpKind.EITHER
     if rule is None:
         return OpKind.OPAQUE
     if name in CONTRACTIONS:
