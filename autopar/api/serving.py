@@ -384,4 +384,5 @@ def text(key: Shape | int) -> str:
     """Returns a shape in words."""
     if not isinstance(key, Shape):
         return f"the copying of {key} blocks"
-    return f"steps of {key.rows} × {key.new} tokens over {key.blocks} blocks"
+    words = f"steps of {key.rows} × {key.new} tokens over {key.blocks} blocks"
+    return f"{words}, all logits" if key.every else words

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BENCHES = {
     "device": "autopar.bench.device:device",
+    "int8": "autopar.bench.int8:int8",
     "load-memory": "autopar.bench.load_memory:load_memory",
     "plans": "autopar.bench.plans:plans",
     "simulation": "autopar.bench.simulation:simulation",
@@ -95,6 +96,7 @@ def main() -> None:
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="with --serve: of weights"
 )
+@click.option("--int8", is_flag=True, help="with --serve: weights in int8, a scale per channel")
 @click.option("--length", type=click.IntRange(min=1), help="with --serve: tokens of the longest sequence")
 @click.option("--prompt", type=click.IntRange(min=1), help="with --serve: tokens of the prompt that is timed")
 @click.option("--tokens", type=click.IntRange(min=1), help="with --serve: that the KV cache holds at least")
@@ -123,7 +125,7 @@ def plan(target: str, cluster_text: str, json_path: str | None, picture: str | N
     _show(found, json_path, picture, trace, tensors)
 
 
-SERVING = ("dtype", "length", "prompt", "tokens", "throughput", "latency", "slack", "across")
+SERVING = ("dtype", "int8", "length", "prompt", "tokens", "throughput", "latency", "slack", "across")
 """Options of `plan` that only --serve has."""
 
 

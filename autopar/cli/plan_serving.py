@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from autopar.cluster import Cluster as Devices
 from autopar.core.errors import BadInput
 from autopar.io.huggingface import open_directory
 from autopar.models.serving import get_serving
-from autopar.serve.model import BLOCK_SIZE, NATIVE
+from autopar.serve.model import BLOCK_SIZE
+from autopar.serve.opening import NATIVE
 from autopar.serve.plan import ServingPlan, half_for, serving_plan
 
 
@@ -24,6 +26,7 @@ def plan_serving(
     cluster_text: str,
     *,
     dtype: str | None = None,
+    int8: bool = False,
     length: int | None = None,
     prompt: int | None = None,
     tokens: int | None = None,
@@ -39,6 +42,7 @@ def plan_serving(
     Args:
         target: a name or a directory in Hugging Face's format. cluster_text: a file or short form.
         dtype: of weights and cache; None: the model's own 16 bits, float16 where bfloat16 lacks.
+        int8: kernels in int8, with a scale per channel.
         length: tokens of the longest sequence; None: the model's, at most 2048. prompt: of the prompt that is
             timed; None: a quarter of that. tokens: that the cache holds at least; None: `length`.
         throughput: rather than latency. latency: seconds a token may take then.
@@ -50,6 +54,7 @@ def plan_serving(
     """
     cluster = Cluster.parse(cluster_text)
     family, config, name = _model(target, cluster, dtype)
+    config = dataclasses.replace(config, int8=int8)
     length = min(length or 2048, config.positions)
     least = -(-(tokens or length) // BLOCK_SIZE) + 1
     if latency is not None and not throughput:

@@ -66,6 +66,7 @@ class Size(click.ParamType):
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="of weights and KV cache"
 )
+@click.option("--int8", is_flag=True, help="weights in int8, a scale per channel; quantised while read")
 @click.option(
     "--max-length",
     type=click.IntRange(min=2),
@@ -110,6 +111,12 @@ class Size(click.ParamType):
 @click.option(
     "--allow-origin", multiple=True, metavar="URL", help="a web origin whose pages may call; * is all"
 )
+@click.option(
+    "--compiled",
+    metavar="FOLDER",
+    help="where compiled programs are kept for the next start; the default is in your cache folder",
+)
+@click.option("--forget-compiled", is_flag=True, help="do not keep compiled programs")
 @click.option("--access-log", is_flag=True, help="log every request")
 def serve(model: str | None, host: str, port: int, access_log: bool, **options: Any) -> None:  # fmt: skip
     """Serves MODEL over HTTP, as OpenAI's API does, with a page to try it at /.
@@ -172,6 +179,8 @@ def _load(model: str | None, say: Callable[[str], None], **options: Any) -> Any:
         cluster=options["cluster_text"],
         backend=_backend(options),
         dtype=options["dtype"],
+        quantise="int8" if options["int8"] else None,
+        compiled=_compiled(options),
         weights=options["weights"],
         max_length=options["max_length"],
         tokens=options["cache_tokens"],
@@ -193,7 +202,23 @@ def _backend(options: dict[str, Any]) -> Any:
         return None
     from autopar.runtime.ray_backend import Ray
 
-    return Ray(address=options["ray_address"], emulate=options["emulate"])
+    cache = _compiled(options)
+    return Ray(
+        address=options["ray_address"],
+        emulate=options["emulate"],
+        cache=None if cache is None else str(cache),
+    )
+
+
+def _compiled(options: dict[str, Any]) -> Path | None:
+    """The folder of compiled programs."""
+    from autopar.runtime.cache import user_folder
+
+    if options["forget_compiled"]:
+        if options["compiled"]:
+            raise BadInput("--forget-compiled keeps nothing in --compiled FOLDER; give one of them")
+        return None
+    return Path(options["compiled"]) if options["compiled"] else user_folder()
 
 
 def _greet(app: Any, listener: socket.socket, seconds: float) -> None:

@@ -16,10 +16,12 @@ from autopar.api.inference import Goal, Latency, Wanted
 from autopar.api.planning import Made, Say
 from autopar.api.serving import Programs, Served, Shape, derived, on_cpu, same_state
 from autopar.core.errors import BadInput
+from autopar.runtime.cache import keep_compiled
 from autopar.runtime.inprocess import InProcess
 from autopar.serve.engine import Engine
 from autopar.serve.engine import Options as EngineOptions
-from autopar.serve.plan import ServingPlan, decode_plan, described, half_for
+from autopar.serve.opening import quantised, suited
+from autopar.serve.plan import ServingPlan, decode_plan, described
 from autopar.serve.request import Output, Request, Sampling
 from autopar.serve.runner import Buckets, CompiledRunner, table_buckets
 from autopar.serve.stream import Stream
@@ -36,9 +38,6 @@ HOST_TOKENS = 16384
 
 SPARE = 0.03
 """Share of the cache's blocks that is left out on real devices, for what the plan cannot know."""
-
-NATIVE = {"llama": "bfloat16", "bloom": "bfloat16"}
-"""The 16-bit type of a family's published weights; float16 for others."""
 
 Ids = Sequence[int] | Sequence[Sequence[int]]
 
@@ -57,6 +56,8 @@ def load(
     stages: int | None = None,
     buckets: Buckets | None = None,
     behind: bool = True,
+    quantise: str | None = None,
+    compiled: str | Path | None = None,
     chat_template: str | None = None,
     options: EngineOptions | None = None,
     progress: Say | None = None,
@@ -76,6 +77,10 @@ def load(
         buckets: the shapes of steps that are compiled.
         behind: serve as soon as every step has some shape that holds it, and compile the closer-fitting ones
             in the background.
+        quantise: "int8" keeps the kernels as int8 with a scale per channel; they are quantised slice by slice
+            while they are read. `autopar bench int8` says what that costs a model.
+        compiled: folder that keeps compiled programs for the next start, such as
+            `autopar.runtime.cache.user_folder()`, JAX's setting for the whole process. None: as JAX is set.
         chat_template: Jinja, in place of the model's own.
         options: of the engine. progress: called with a few words at every step.
 
@@ -91,7 +96,9 @@ def load(
         )
     where = room.parse(cluster) if isinstance(cluster, str) else cluster or Cluster.local()
     host = on_cpu(backend)
-    checkpoint = _checkpoint(model, dtype, weights, seed, where, host)
+    if compiled is not None:
+        keep_compiled(compiled)
+    checkpoint = quantised(suited(model, dtype, weights, seed, where, host), quantise)
     config = checkpoint.config
     longest = min(max_length or LONGEST, config.positions)
     family: Any = checkpoint.module
@@ -107,48 +114,6 @@ def load(
         buckets or Buckets(blocks=table_buckets(longest, BLOCK_SIZE, fine)), longest, behind,
     )  # fmt: skip
     return Model(checkpoint, setup, chat_template, options or EngineOptions(), say)
-
-
-def _checkpoint(
-    model: Any, dtype: str | None, weights: str | None, seed: int, cluster: room.Cluster, host: bool
-) -> Checkpoint:
-    from autopar.io import gguf, huggingface
-    from autopar.serve.stand_in import stand_in
-
-    if weights not in (None, "random"):
-        raise BadInput(f'weights is None (read them) or "random", got {weights!r}')
-    if isinstance(model, huggingface.Checkpoint):
-        return model
-    random, path = weights == "random", None if model is None else Path(model)
-
-    def opened(kind: str) -> Checkpoint:
-        if path is None:
-            return gguf.open_demo(dtype=kind)
-        if path.is_dir():
-            return huggingface.open_directory(path, dtype=kind, random=random, seed=seed)
-        if path.suffix == ".gguf":
-            return gguf.open_gguf(path, dtype=kind)
-        made = huggingface.open_random(str(model), seed=seed, dtype=kind)
-        return replace(made, tokenizer=stand_in(made.config.vocabulary).to_str())
-
-    if path is not None and not path.exists() and not random:
-        _refuse(str(model))
-    if dtype is not None or host:
-        return opened(dtype or "float32")
-    return opened(half_for(cluster, NATIVE.get(opened("float32").family, "float16")))
-
-
-def _refuse(model: str) -> None:
-    from autopar.models.serving import serving_names
-
-    if model in serving_names():
-        raise BadInput(
-            f"{model} is known by its shapes only; pass the directory of its weights, or weights='random' "
-            "(on the command line --weights random)"
-        )
-    from autopar.core.errors import UnknownName
-
-    raise UnknownName("model or directory", model, serving_names())
 
 
 def _blocks(

@@ -183,7 +183,7 @@ def described(
     full = _of_shape(made, served, Shape(rows, 1, nominal - 1), cluster) if rows > 1 else made.plan
     rooms = tuple(_room(made, nominal, s, [prefill, full]) for s in range(len(made.plan.stages)))
     return ServingPlan(
-        name, np.dtype(served.dtype).name, str(cluster), made.plan, prefill, full, rooms, served.block_size,
+        name, types(served), str(cluster), made.plan, prefill, full, rooms, served.block_size,
         prompt, length, min(rows, max(1, _rows(min(r.blocks for r in rooms), nominal - 1, len(rooms)))),
         served.weight_bytes,
     )  # fmt: skip
@@ -212,11 +212,17 @@ def missing_text(served: Served, cluster: Cluster, blocks: int, name: str, error
         else " on its fullest device (layers cannot be cut finely enough, or need room to work)"
     )
     return (
-        f"{name or 'the model'} does not fit {cluster}: its weights in {np.dtype(served.dtype)} take "
+        f"{name or 'the model'} does not fit {cluster}: its weights in {types(served)} take "
         f"{size(served.weight_bytes)} and a cache of {(blocks - 1) * served.block_size} tokens "
         f"{size(cache)}, the devices have {size(has)} together; {size(short)} are missing{where}. "
         "Add devices, keep fewer tokens, or weights of fewer bits"
     )
+
+
+def types(served: Served) -> str:
+    """Returns the element types of a model in words."""
+    kept = np.dtype(served.dtype).name
+    return f"int8 and {kept}" if getattr(served.config, "int8", False) else kept
 
 
 def _of_shape(made: Made, served: Served, shape: Shape, cluster: Cluster) -> Plan:

@@ -53,6 +53,11 @@ class Buckets:
         ]
         return tuple(sorted((*decode, *prefill), key=lambda s: (s.rows * s.new, s.blocks)))
 
+    def scoring(self) -> tuple[Shape, ...]:
+        """Returns the shapes of prefill steps that give the logits of all tokens, over the longest tables."""
+        most = self.blocks[-1]
+        return tuple(Shape(r, new, most, True) for new in self.new for r in self.prefill_rows(new))
+
     def covering(self) -> tuple[Shape, ...]:
         """Returns shapes that hold every step, and the ones that a single sequence takes."""
         most = self.blocks[-1]
@@ -108,7 +113,7 @@ class CompiledRunner:
                 hold it with less padding, in a thread.
             threads: how many compile.
         """
-        first, others = self.buckets.covering(), self.buckets.shapes()
+        first, others = self.buckets.covering(), (*self.buckets.shapes(), *self.buckets.scoring())
         first, others = [*first, *COPIES], [shape for shape in others if shape not in first]
         self._compile(first if behind else [*first, *others], say, threads)
         if behind:
@@ -173,11 +178,12 @@ class CompiledRunner:
         return chosen[wanted]
 
     def _choose(self, wanted: Shape) -> tuple[Loaded, Shape]:
-        for shape in self._ready or self.buckets.shapes():
+        ready = [shape for shape in self._ready if shape.every == wanted.every]
+        others = [shape._replace(every=wanted.every) for shape in self.buckets.shapes()]  # compiled for it
+        for shape in [*ready, *others]:
             decode = shape.new == wanted.new or wanted.new > 1  # a decode step is not padded to a prompt's
             if decode and all(have >= want for have, want in zip(shape[:3], wanted[:3])):
-                found = shape._replace(every=wanted.every)
-                return self.programs.compiled(found), found
+                return self.programs.compiled(shape), shape
         raise BadInput(
             f"a step of {wanted.rows} × {wanted.new} tokens over {wanted.blocks} blocks is larger than any "
             f"that was compiled; at most {self.buckets.tokens} tokens, {self.row_buckets[-1]} rows, "

@@ -80,10 +80,10 @@ class StageWorker:
         import ray
 
         jax.config.update("jax_platforms", setting.platform)
+        from autopar.runtime.cache import keep_compiled
+
         if setting.cache is not None:
-            jax.config.update("jax_compilation_cache_dir", setting.cache)
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-            jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+            keep_compiled(setting.cache)
         from autopar.runtime.ray_backend.mailbox import Mailbox
 
         found = jax.devices()
