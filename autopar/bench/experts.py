@@ -1,4 +1,4 @@
-"""Plans that a person would write: data parallel, ZeRO, Megatron, expert parallel, and grids of them.
+"""Plans that a person would write: data parallel, ZeRO, Megatron, spatial and expert parallel, and grids.
 
 Each is a set of pinned layouts in our words. It is judged twice: as it stands, with the partitioner choosing
 everything inside, and with the integer program choosing what it leaves open; the better of the two counts.
@@ -10,36 +10,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from autopar.bench.expert_cuts import CACHE, EXPERT_PARALLEL, STACKED
+from autopar.bench.plan_cases import Case
 from autopar.core.graph import Graph, OpKind, Phase
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec, replicated
 from autopar.sharding.pins import Pins, parameters, state
 
 Axes = tuple[str, ...]
-
-COLUMN, ROW = -1, -2
-TENSOR_PARALLEL: tuple[tuple[str, int], ...] = (
-    (
-        r"attention.*'(query|key|value)'",
-        -2,
-    ),  # heads, of kernels [hidden, heads, size] and biases [heads, size]
-    (r"attention.*'out'.*'kernel'", -3),
-    (r"'up'(\]\['(kernel|bias)')?", COLUMN),
-    (r"'down'(\]\['kernel')?\]$", ROW),
-    (r"'embedding'\]\['embedding'", ROW),
-    (r"'wide'.*'kernel'", COLUMN),
-    (r"norm_wide", COLUMN),
-    (r"'out'.*'kernel'", ROW),
-    (r"\[\d*[02468]\]\['(kernel|bias)'\]", COLUMN),  # a perceptron's layers: columns, then rows
-    (r"\[\d*[13579]\]\['kernel'\]", ROW),
-)
-"""Megatron's choice (Shoeybi et al. 2019) by the end of a parameter's path: the dim that is cut."""
-
-CACHE = r"cache"
-"""Keys and values [batch, heads, time, size] of earlier tokens."""
-
-EXPERT_PARALLEL = r"'experts'\]\['(up|down)'"
-STACKED = r"\['Blocks'\]"
 
 
 @dataclass(frozen=True)
@@ -49,7 +27,7 @@ class Expert:
     Attributes:
         name: for people.
         data: axes that cut the batch. model: axes that cut heads and inner widths.
-        experts: axes that cut the experts of a mixture.
+        experts: axes that cut the experts of a mixture. rows: axes that cut the rows of images.
         sequence: the residual stream is cut along the sequence over `model` (Korthikanti et al. 2022).
         zero: axes that also cut the optimizer state; `whole`: and the parameters (FSDP).
     """
@@ -58,24 +36,25 @@ class Expert:
     data: Axes = ()
     model: Axes = ()
     experts: Axes = ()
+    rows: Axes = ()
     sequence: bool = False
     zero: Axes = ()
     whole: bool = False
 
-    def pins(self, graph: Graph, mesh: Mesh, hidden: int | None) -> Pins:
+    def pins(self, graph: Graph, mesh: Mesh, case: Case) -> Pins:
         """Returns the layouts of the arguments and of the residual stream."""
         used = parameters(graph)
         found = [(v, self._batch(graph, v, mesh)) for v in graph.batch if graph.values[v].shape]
         for v in state(graph):
-            spec = self._model(graph, v, mesh)
+            spec = self._model(graph, v, mesh, case)
             spread = self.zero if self.whole or v not in used else ()
             found.append((v, _spread(graph, v, spec, spread, mesh)))
-        return (*found, *self._stream(graph, mesh, hidden))
+        return (*found, *self._stream(graph, mesh, case.hidden))
 
     def _batch(self, graph: Graph, v: int, mesh: Mesh) -> Spec:
-        return _cut(graph.values[v].shape, 0, self.data, mesh, replicated(len(graph.values[v].shape)))
+        return self._row(graph, v, self.rows if len(graph.values[v].shape) == 4 else (), mesh)
 
-    def _model(self, graph: Graph, v: int, mesh: Mesh) -> Spec:
+    def _model(self, graph: Graph, v: int, mesh: Mesh, case: Case) -> Spec:
         value = graph.values[v]
         spec = replicated(len(value.shape))
         if re.search(CACHE, value.name) and len(value.shape) == 4:
@@ -83,7 +62,7 @@ class Expert:
         if self.experts and re.search(EXPERT_PARALLEL, value.name):
             spec = _cut(value.shape, 0, self.experts, mesh, spec)
         rest = tuple(a for a in self.model if a not in {a for dim in spec for a in dim})
-        for pattern, dim in TENSOR_PARALLEL:
+        for pattern, dim in case.cuts:
             if rest and re.search(pattern, value.name):
                 if -dim <= len(value.shape) - bool(re.search(STACKED, value.name)):
                     spec = _cut(value.shape, dim, rest, mesh, spec)
@@ -95,35 +74,42 @@ class Expert:
         if hidden is not None:
             along = self.model if self.sequence else ()
             return tuple((v, self._row(graph, v, along, mesh)) for v in residual(graph, hidden))
-        return () if self.model else tuple((v, self._row(graph, v, (), mesh)) for v in activations(graph))
+        found = () if self.model else activations(graph)
+        return tuple((v, self._batch(graph, v, mesh)) for v in found)
 
     def _row(self, graph: Graph, v: int, along: Axes, mesh: Mesh) -> Spec:
         shape = graph.values[v].shape
         return _cut(shape, 1, along, mesh, _cut(shape, 0, self.data, mesh, replicated(len(shape))))
 
 
-def experts(mesh: Mesh, mixture: bool) -> tuple[Expert, ...]:
-    """Returns the plans worth comparing with on a mesh; `mixture`: the model has experts."""
+def experts(mesh: Mesh, case: Case) -> tuple[Expert, ...]:
+    """Returns the plans worth comparing with on a mesh."""
     axes = tuple(a.name for a in mesh.axes if a.size > 1)
     found = [
         Expert("data parallel", axes),
         Expert("ZeRO-2", axes, zero=axes),
         Expert("ZeRO-3", axes, zero=axes, whole=True),
         Expert("Megatron", model=axes),
-        Expert("Megatron + sequence", model=axes, sequence=True),
     ]
-    for data, model in _grids(axes):
+    if case.hidden is not None:
+        found.append(Expert("Megatron + sequence", model=axes, sequence=True))
+    if case.images:
+        found.append(Expert("spatial", rows=axes))
+        for data, rows in _grids(mesh, axes):
+            found.append(Expert(f"data {''.join(data)} × spatial {''.join(rows)}", data, rows=rows))
+    for data, model in _grids(mesh, axes):
         name = f"data {''.join(data)} × model {''.join(model)}"
         found += [
             Expert(name, data, model),
-            Expert(f"{name} + sequence", data, model, sequence=True),
             Expert(f"{name} + ZeRO-2", data, model, zero=data),
             Expert(f"{name} + ZeRO-3", data, model, zero=data, whole=True),
         ]
-    if mixture:
+        if case.hidden is not None:
+            found.append(Expert(f"{name} + sequence", data, model, sequence=True))
+    if case.mixture:
         found.append(Expert("expert parallel", axes, experts=axes))
         found.append(Expert("expert parallel + ZeRO-2", axes, experts=axes, zero=axes))
-        for data, model in _grids(axes):
+        for data, model in _grids(mesh, axes):
             found.append(Expert(f"data {''.join(axes)}, experts {''.join(model)}", axes, experts=model))
             found.append(
                 Expert(f"data {''.join(data)}, experts × model {''.join(model)}", data, model, model)
@@ -131,13 +117,14 @@ def experts(mesh: Mesh, mixture: bool) -> tuple[Expert, ...]:
     return tuple(found)
 
 
-def _grids(axes: Axes) -> list[tuple[Axes, Axes]]:
-    """Every split of the axes in two, neither empty."""
-    return [
-        (tuple(a for a in axes if a not in model), model)
-        for mask in range(1, (1 << len(axes)) - 1)
-        for model in [tuple(a for k, a in enumerate(axes) if mask >> k & 1)]
-    ]
+def _grids(mesh: Mesh, axes: Axes) -> list[tuple[Axes, Axes]]:
+    """Every split of the axes in two, neither empty; one of those that differ in axes that are alike."""
+    found: dict[object, tuple[Axes, Axes]] = {}
+    for mask in range(1, (1 << len(axes)) - 1):
+        model = tuple(a for k, a in enumerate(axes) if mask >> k & 1)
+        alike = tuple(sorted((mesh.axis(a).size, mesh.axis(a).bandwidth) for a in model))
+        found.setdefault(alike, (tuple(a for a in axes if a not in model), model))
+    return list(found.values())
 
 
 def residual(graph: Graph, hidden: int) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,19 +67,25 @@ class Row:
     status: str = ""
 
 
+class Far(Exception):
+    """An expert's plan is predicted to be much worse than the automatic one."""
+
+
 @dataclass(frozen=True)
 class Cell:
-    """A model on a mesh. failed: (expert, why it could not be judged)."""
+    """A model on a mesh. failed: (expert, why it was not judged)."""
 
     model: str
     mesh: str
+    device: str
     automatic: Row
     experts: tuple[Row, ...]
     failed: tuple[tuple[str, str], ...]
 
     @property
     def best(self) -> Row:
-        return min(self.experts, key=lambda row: row.score.seconds)
+        """The best expert's; the automatic one where no expert was judged."""
+        return min(self.experts, key=lambda row: row.score.seconds, default=self.automatic)
 
     @property
     def ratio(self) -> float:
@@ -88,19 +95,24 @@ class Cell:
 
 @dataclass
 class Bench:
-    """A traced model on a mesh, ready to be planned and compiled in several ways."""
+    """A traced model on a mesh, ready to be planned and compiled in several ways.
+
+    near: an expert's plan is compiled only if it is predicted to take at most so many times the automatic
+    plan's seconds; 0: no expert is judged.
+    """
 
     case: Case
     mesh: Mesh
     traced: Traced
     steps: int = 0
+    near: float = math.inf
     seconds: float = 10.0
     gap: float = 1e-3
 
     @classmethod
-    def of(cls, case: Case, mesh: Mesh, steps: int = 0) -> Bench:
+    def of(cls, case: Case, mesh: Mesh, steps: int = 0, near: float = math.inf) -> Bench:
         traced = Tracer(case.step.step, case.step.args, {}, layer_scans=False)(1, False)
-        return cls(case, mesh, traced, steps)
+        return cls(case, mesh, traced, steps, near)
 
     @property
     def graph(self) -> Graph:
@@ -116,11 +128,17 @@ class Bench:
         """Returns the row of the planner's own plan."""
         return self.planned("automatic", "", ())
 
-    def planned(self, name: str, variant: str, pins: Pins) -> Row:
-        """Returns the row of the best plan with these layouts pinned."""
+    def planned(self, name: str, variant: str, pins: Pins, most: float = math.inf) -> Row:
+        """Returns the row of the best plan with these layouts pinned.
+
+        Raises:
+            Far: when it is predicted to take more than `most` seconds.
+        """
         start = time.perf_counter()
         every = range(len(self.graph.equations))
         found = intra.plan(self.graph, every, self.mesh, self.options(pins))
+        if found.objective > most:
+            raise Far(f"predicted to take {1e3 * found.objective:.2f} ms, {self.near:g} times the automatic")
         row = self._compiled(name, variant, found, time.perf_counter() - start)
         return replace(
             row,
@@ -134,11 +152,19 @@ class Bench:
         """Returns the row of an expert's layouts, everything else chosen by the partitioner."""
         return self._compiled(expert.name, AS_WRITTEN, bare(self.graph, self.mesh, pins), 0.0)
 
-    def judge(self, expert: Expert) -> Iterator[Callable[[], Row]]:
-        """Yields what gives the expert's two rows."""
-        pins = keepable(self.graph, self.mesh, expert.pins(self.graph, self.mesh, self.case.hidden))
-        yield lambda: self.written(expert, pins)
-        yield lambda: self.planned(expert.name, COMPLETED, pins)
+    def judge(self, expert: Expert, automatic: Row) -> Iterator[Row]:
+        """Yields the expert's two rows.
+
+        Raises:
+            PlanError: the second cannot be planned; that it is too far off (`near`) ends both. Rows of images
+                are judged as written all the same: what the partitioner does with them is not predicted.
+        """
+        pins = keepable(self.graph, self.mesh, expert.pins(self.graph, self.mesh, self.case))
+        if expert.rows:
+            yield self.written(expert, pins)
+        yield self.planned(expert.name, COMPLETED, pins, self.near * (automatic.seconds or math.inf))
+        if not expert.rows:
+            yield self.written(expert, pins)
 
     def _compiled(self, name: str, variant: str, found: ShardingPlan, planning: float) -> Row:
         start = time.perf_counter()
@@ -158,21 +184,18 @@ class Bench:
         return jax.devices()[: self.mesh.size]
 
 
-def cell(case: Case, mesh: Mesh, label: str, steps: int, say: Callable[[str], None]) -> Cell:
-    """Returns the comparison of a model's plans on a mesh."""
-    bench = Bench.of(case, mesh, steps)
-    say(f"{case.name} on {label}: automatic")
+def cell(bench: Bench, label: str) -> Cell:
+    """Returns the comparison of a model's plans on a mesh, which is called `label`."""
     automatic = bench.automatic()
     rows: list[Row] = []
     failed: list[tuple[str, str]] = []
-    for expert in experts(mesh, case.mixture):
-        for run in bench.judge(expert):
-            say(f"{case.name} on {label}: {expert.name}")
-            try:
-                rows.append(run())
-            except PlanError as error:
-                failed.append((expert.name, str(error)))
-    return Cell(case.name, label, automatic, tuple(rows), tuple(failed))
+    for expert in experts(bench.mesh, bench.case) if bench.near > 0 else ():
+        try:
+            for row in bench.judge(expert, automatic):
+                rows.append(row)  # one by one: a plan that fails leaves the other half
+        except (PlanError, Far) as error:
+            failed.append((expert.name, str(error)))
+    return Cell(bench.case.name, label, bench.mesh.device.name, automatic, tuple(rows), tuple(failed))
 
 
 def step_segment(graph: Graph) -> Segment:
