@@ -1,11 +1,9 @@
-"""`python -m autopar_solver solve ...` and `python -m autopar_solver bench DIR`, for use without the
-facade.
-"""
+"""`python -m autopar_solver solve …`, `generate …` and `bench DIR`, for use without the facade."""
 
 import click
 
 from autopar_solver.bench import bench_command
-from autopar_solver.cli import solve_command
+from autopar_solver.cli import generate_command, solve_command
 
 
 @click.group()
@@ -14,6 +12,7 @@ def main() -> None:
 
 
 main.add_command(solve_command, "solve")
+main.add_command(generate_command, "generate")
 main.add_command(bench_command, "bench")
 
 if __name__ == "__main__":

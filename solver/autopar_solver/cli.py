@@ -1,4 +1,4 @@
-"""`solve PROBLEM --seconds N --out SOL.json`: the command that the facade mounts as `autopar solve`."""
+"""`solve PROBLEM --seconds N --out SOL.json`, which the facade mounts as `autopar solve`, and `generate`."""
 
 import sys
 
@@ -9,8 +9,11 @@ from rich.text import Text
 
 from autopar_solver.choice import Choice, Progress
 from autopar_solver.errors import ProblemError
-from autopar_solver.json_form import load_problem, write_whole
+from autopar_solver.generate import dense_core, eliminated, large_choices, small_core
+from autopar_solver.json_form import load_problem, save_problem, write_whole
 from autopar_solver.solve import solve
+
+REGIMES = {f.__name__: f for f in (small_core, eliminated, dense_core, large_choices)}
 
 
 @click.command("solve")
@@ -51,6 +54,23 @@ def solve_command(
     click.echo(result_line(choice))
     if choice.index is None:
         sys.exit(1)
+
+
+@click.command("generate")
+@click.argument("regime", type=click.Choice(list(REGIMES)))
+@click.option("--nodes", type=click.IntRange(1), help="How many; the regime's usual number if left out.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same problem.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False), required=True, help="File to write: .json or .json.gz."
+)
+def generate_command(regime: str, nodes: int | None, seed: int, out: str) -> None:
+    """Write a random problem of one of the four REGIMEs that sharding problems come in."""
+    problem = REGIMES[regime](seed=seed) if nodes is None else REGIMES[regime](nodes, seed)
+    try:
+        save_problem(problem, out)
+    except OSError as error:
+        raise click.ClickException(f"cannot write {out}: {error}") from None
+    click.echo(repr(problem))
 
 
 def progress_line(p: Progress) -> str:
