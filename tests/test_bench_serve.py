@@ -2,11 +2,16 @@
 
 import json
 import statistics
+import time
 
 import pytest
 from click.testing import CliRunner
 
 from autopar.bench.serve import Measured, Work, at_once, measure, poisson, serve
+from autopar.bench.serve_gpu import Reads, serve_gpu
+from autopar.bench.serve_systems import TOGETHER, _in_batches
+from autopar.core.errors import BadInput
+from autopar.models.serving import get_serving
 
 
 class Recorded:
@@ -63,3 +68,51 @@ def test_loads_are_the_same_for_a_seed_and_keep_their_rate():
 def test_an_unknown_system_is_named():
     result = CliRunner().invoke(serve, ["--systems", "autopar,tgi"])
     assert "got tgi" in str(result.exception)
+
+
+def test_a_system_without_continuous_batching_takes_all_that_waits():
+    taken = []
+
+    def run(chosen, began):
+        taken.append(chosen)
+        time.sleep(0.05)
+        return [{"times": [k], "tokens": [k]} for k in chosen]
+
+    rows = _in_batches([0.0, 0.02, 0.0, 0.03, 0.2], run)
+    assert taken == [[0, 2], [1, 3], [4]]
+    assert [row["tokens"] for row in rows] == [[0], [1], [2], [3], [4]]
+    taken.clear()
+    _in_batches([0.0] * (TOGETHER + 1), run)
+    assert [len(chosen) for chosen in taken] == [TOGETHER, 1]
+
+
+def test_what_a_decode_step_reads_bounds_it():
+    reads = Reads.of("opt-1.3b", "float16")
+    config = get_serving("opt-1.3b").config
+    blocks = 24 * (12 * 2048**2 + 13 * 2048)
+    assert reads.weights == 2 * (blocks + config.vocabulary * 2048 + 2 * 2048)
+    assert reads.token == 2 * 24 * 2048 * 2
+    assert reads.bound(1, 0, 1e12) == pytest.approx(1e12 / reads.weights)
+    assert reads.bound(8, 100, 1e12) == pytest.approx(8e12 / (reads.weights + 800 * reads.token))
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = CliRunner().invoke(serve_gpu, ["--model", "opt-tiny"])
+    assert isinstance(result.exception, BadInput) and "no GPU: JAX sees none here" in str(result.exception)
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path):
+    pytest.importorskip("transformers")
+    options = ["--batch", "1", "--batch", "3", "--prompt", "16", "--new", "5", "--rounds", "1"]
+    options += ["--device", "cpu", "--model", "opt-tiny", "--dtype", "float32", "--json", str(tmp_path / "x")]
+    result = CliRunner().invoke(serve_gpu, options)
+    assert result.exit_code == 0, result.output
+    assert "these are no figures of a GPU" in result.output and "of the bound" in result.output
+    rows = json.loads((tmp_path / "x").read_text())
+    assert [(row["system"], row["batch"]) for row in rows] == [
+        ("autopar", 1), ("autopar", 3), ("transformers", 1), ("transformers", 3)
+    ]  # fmt: skip
+    assert rows[0]["tokens"] == rows[2]["tokens"] and rows[1]["tokens"] == rows[3]["tokens"]
+    assert all(row["rate"] > 0 and row["bound"] > 0 for row in rows)

@@ -21,7 +21,7 @@ def test_rude_clients_leave_nothing_behind():
         seen = asyncio.run(attack(port, manners))
         left = asyncio.run(leftovers(port, 10))
     assert not seen.surprises and not any(left.values())
-    assert seen.left > 5 and {200, 400} <= set(seen.statuses)
+    assert seen.left > 0 and {200, 400} <= set(seen.statuses)
     console = Console(file=io.StringIO(), width=120)
     report(console, seen, left, [100 << 20, 101 << 20], 2.0)
     assert "surprises: 0" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -10,9 +10,8 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from autopar.bench.random_opt import random_opt
 from autopar.core.errors import BadInput
 
 SYSTEMS = ("autopar", "vllm", "ctranslate2", "transformers")
@@ -66,10 +66,17 @@ class Measured:
 
 
 class System:
-    """A system in its own process, stopped (SIGSTOP) while another one is measured."""
+    """A system in its own process, stopped (SIGSTOP) while another one is measured.
 
-    def __init__(self, name: str, python: str, directory: str, threads: int):
-        self.name, self.version, self.error = name, "", ""
+    Args:
+        python: the interpreter that it is installed in. options: as in `serve_systems`.
+
+    Attributes:
+        version: empty if it did not start. error: then why. about: what it said of its device, if anything.
+    """
+
+    def __init__(self, name: str, python: str, directory: str, threads: int, **options: Any):
+        self.name = name
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
@@ -77,16 +84,16 @@ class System:
             "XLA_FLAGS": "",
         }
         self._process = subprocess.Popen(
-            [python, str(MODULE), name, directory, str(threads)],
+            [python, str(MODULE), name, directory, str(threads), json.dumps(options)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE if name == "vllm" else None,
             text=True, env=environment,
         )  # fmt: skip
-        answer = self._answer()
-        self.version, self.error = answer.get("version", ""), answer.get("error", "")
+        self.about = self._answer()
+        self.version, self.error = self.about.get("version", ""), self.about.get("error", "")
         self._signal(signal.SIGSTOP)
 
     def run(self, work: Work) -> list[dict[str, Any]] | None:
-        """Returns a row per request, or None if the system cannot do such work."""
+        """Returns a row per request, or None if the system ended over it."""
         self._signal(signal.SIGCONT)
         assert self._process.stdin is not None
         self._process.stdin.write(work.job + "\n")
@@ -177,30 +184,6 @@ def weight_bytes(directory: str) -> int:
     return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
 
 
-@contextlib.contextmanager
-def random_opt(layers: int) -> Iterator[str]:
-    """Yields a directory with OPT-125m's shapes and random weights, as transformers saves it."""
-    try:
-        import tokenizers  # pyright: ignore[reportMissingImports]
-        import torch  # pyright: ignore[reportMissingImports]
-        import transformers  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise BadInput(
-            "pass a model's directory, or `pip install 'autopar[peers]'` so that one can be made of random "
-            "weights"
-        ) from None
-    with tempfile.TemporaryDirectory() as directory:
-        torch.manual_seed(0)
-        config = transformers.OPTConfig(num_hidden_layers=layers)
-        transformers.OPTForCausalLM(config).save_pretrained(directory)
-        words = {f"t{i}": i for i in range(config.vocab_size)}
-        known = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t3"))
-        transformers.PreTrainedTokenizerFast(
-            tokenizer_object=known, unk_token="t3", bos_token="t2", eos_token="t2", pad_token="t1"
-        ).save_pretrained(directory)
-        yield directory
-
-
 # -- the command
 
 
@@ -224,16 +207,17 @@ def serve(
     """Serves DIRECTORY (default: OPT-125m's shapes, random weights, float32) beside the peers installed.
 
     All greedy, same files, same threads; the systems take turns within each round, each in a process of its
-    own that is stopped while another works. First: seconds until every request of the batch has a token; then
-    tokens per second. Figures are medians over the rounds; ratios are ours over theirs, above 1 where we are
-    better.
+    own that is stopped while another works. Of requests over time, transformers and CTranslate2 take all that
+    wait as one padded batch, as they do not batch continuously. First: seconds until every request of the
+    batch has a token; then tokens per second. Figures are medians over the rounds; ratios are ours over
+    theirs, above 1 where we are better.
     """
     names = [name.strip() for name in systems.split(",")]
     if unknown := set(names) - set(SYSTEMS):
         raise BadInput(f"systems are {', '.join(SYSTEMS)}; got {', '.join(sorted(unknown))}")
     interpreters = dict(pair.split("=", 1) for pair in pythons)
     with contextlib.ExitStack() as stack:
-        where = directory or stack.enter_context(random_opt(12))
+        where = directory or stack.enter_context(random_opt())
         vocabulary = json.loads(Path(where, "config.json").read_text())["vocab_size"]
         works = [at_once(batch, prompt, new, vocabulary, batch) for batch in batches]
         works.append(replace(at_once(1, 512, 8, vocabulary, 77), name="512-token prompt"))

@@ -106,7 +106,7 @@ class Seen:
 @click.option("--serve-options", default="", help="further options of `autopar serve`, as one text")
 def serve_load(model: str | None, serve_options: str, **manners: Any) -> None:
     """Starts `autopar serve MODEL`, sends it many clients, and prints what they saw and what is left over."""
-    with _server(model, serve_options.split()) as (port, process):
+    with server(model, serve_options.split()) as (port, process):
         memory = _Memory(process.pid)
         seen = asyncio.run(attack(port, Manners(**manners), memory.look))
         left = asyncio.run(leftovers(port))
@@ -116,8 +116,8 @@ def serve_load(model: str | None, serve_options: str, **manners: Any) -> None:
 
 
 @contextlib.contextmanager
-def _server(model: str | None, options: list[str]) -> Iterator[tuple[int, subprocess.Popen[str]]]:
-    """A server of its own process: (port, process)."""
+def server(model: str | None, options: list[str]) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """Starts `autopar serve` in a process of its own, and stops it at the end: (port, process)."""
     with socket.socket() as found:
         found.bind((HOST, 0))
         port = found.getsockname()[1]

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 BENCHES = {
     "device": "autopar.bench.device:device",
+    "evaluate": "autopar.bench.evaluate:evaluate",
     "int8": "autopar.bench.int8:int8",
     "load-memory": "autopar.bench.load_memory:load_memory",
     "plans": "autopar.bench.plans:plans",
     "simulation": "autopar.bench.simulation:simulation",
     "solver": "autopar_solver.bench:bench_command",
     "serve": "autopar.bench.serve:serve",
+    "serve-gpu": "autopar.bench.serve_gpu:serve_gpu",
     "serve-load": "autopar.bench.serve_load:serve_load",
     "stages": "autopar_solver.stage_dp_bench:stage_bench_command",
 }

