@@ -205,7 +205,7 @@ def test_plans_for_something_else_are_refused():
         (lambda data: json.dumps(data)[:1000].encode(), PlanError, "is not a plan"),
         (lambda data: [1], PlanError, "JSON, but not a plan"),
         (lambda data: {"is": "Cluster"}, PlanError, "JSON, but not a plan"),
-        (lambda data: data | {"version": 99}, StalePlan, "plan format 99, but 1 is needed"),
+        (lambda data: data | {"version": 99}, StalePlan, "plan format 99, but 2 is needed"),
         (
             lambda data: {k: v for k, v in data.items() if k != "stages"},
             PlanError,

@@ -14,7 +14,7 @@ from autopar.sharding.explain import tokens
 from autopar.trace.traced import Traced
 
 if TYPE_CHECKING:
-    from autopar.api.planning import Made
+    from autopar.api.exact import Made
 
 Pins = tuple[tuple[int, Spec], ...]
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from autopar.core.errors import BadInput
+from autopar.core.errors import BadInput, UnknownName
+from autopar.core.graph import Remat
 
 if TYPE_CHECKING:
     from autopar.api.parallelize import Parallelized
@@ -20,6 +21,32 @@ def _at_least_one(what: str, value: int | None) -> None:
         raise BadInput(f"{what} must be a whole number of at least 1, got {value!r}")
 
 
+RematOption: TypeAlias = "bool | str | Mapping[str, str] | None"
+"""What backward passes compute again. True or "full": all but what layers read of each other; "products":
+the same, but what matrix products and convolutions made is kept; False or "none": nothing. {layer: one of
+these words} for some layers, by name or pattern ("Block_*"). None: chosen per layer where memory is short."""
+
+
+def _check_remat(value: object) -> None:
+    words = list(value.values()) if isinstance(value, Mapping) else [value]
+    known = [r.value for r in Remat]
+    for word in words:
+        if isinstance(word, str):
+            if word not in known:
+                raise UnknownName("kind of remat", word, known)
+        elif isinstance(value, Mapping) or not isinstance(word, bool | None):
+            raise BadInput(
+                f"remat takes True, False, one of {', '.join(known)}, or layer → word, got {word!r}"
+            )
+
+
+def remat_of(option: Any) -> Any:
+    """Returns a method's `remat` as the tracer takes it; None where it is to be chosen."""
+    if isinstance(option, Mapping):
+        return {layer: Remat(word) for layer, word in option.items()}
+    return Remat(option) if isinstance(option, str) else option
+
+
 @dataclass(frozen=True)
 class Auto:
     """Everything chosen: stages and their devices by the stage program, shardings by the ILP.
@@ -28,7 +55,7 @@ class Auto:
         micro_batches: per step; None tries powers of two and keeps the fastest plan that fits.
         schedule: "1f1b" or "gpipe".
         stages: exactly so many pipeline stages; None: as many as is best.
-        remat: recompute each layer's activations in its backward pass; None: only if nothing fits otherwise.
+        remat: see `RematOption`; None: everything, if nothing fits otherwise.
         layers: how many layers to cluster a model into that does not name its own.
         whole_nodes: every stage takes whole nodes, so that a worker never shares its machine.
     """
@@ -36,13 +63,14 @@ class Auto:
     micro_batches: int | None = None
     schedule: str = "1f1b"
     stages: int | None = None
-    remat: bool | None = None
+    remat: RematOption = None
     layers: int | None = None
     whole_nodes: bool = False
 
     def __post_init__(self) -> None:
         _at_least_one("micro_batches", self.micro_batches)
         _at_least_one("stages", self.stages)
+        _check_remat(self.remat)
         _at_least_one("layers", self.layers)
 
 
@@ -58,15 +86,16 @@ class ShardParallel:
     Attributes:
         mesh: shape of the logical mesh, e.g. (2, 4); None tries the shapes that the devices allow.
         micro_batches: per step.
-        remat: as in Auto.
+        remat: see `RematOption`.
     """
 
     mesh: tuple[int, ...] | None = None
     micro_batches: int = 1
-    remat: bool = False
+    remat: RematOption = None
 
     def __post_init__(self) -> None:
         _at_least_one("micro_batches", self.micro_batches)
+        _check_remat(self.remat)
         for size in self.mesh or ():
             _at_least_one("a mesh axis", size)
 
@@ -106,7 +135,7 @@ class Manual:
     specs: Mapping[str, Any] | None = None
     mesh: tuple[int, ...] | Mapping[str, int] | None = None
     micro_batches: int = 1
-    remat: bool = False
+    remat: RematOption = None
     where: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -116,6 +145,7 @@ class Manual:
         if self.specs is not None and not isinstance(self.specs, Mapping):
             raise BadInput(f"specs must be a dict of path → PartitionSpec, got {type(self.specs).__name__}")
         _at_least_one("micro_batches", self.micro_batches)
+        _check_remat(self.remat)
         for size in self.mesh.values() if isinstance(self.mesh, Mapping) else self.mesh or ():
             _at_least_one("a mesh axis", size)
 

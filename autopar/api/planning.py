@@ -5,45 +5,36 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from autopar import stages
-from autopar.api import following, specs
+from autopar.api.exact import GAP, SECONDS, Made, Say, exact, timed
 from autopar.api.methods import (
     Auto,
     CreateState,
-    DataParallel,
     Follow,
     Manual,
     Method,
     Pipeline,
     ShardParallel,
-    Zero2,
-    Zero3,
+    remat_of,
 )
+from autopar.api.one_stage import one_stage
 from autopar.api.tracing import Tracer
-from autopar.cluster import Cluster, MeshChoice, shaped, submeshes
+from autopar.cluster import Cluster, MeshChoice, submeshes
 from autopar.core import plan as nouns
-from autopar.core.errors import BadInput, DoesNotFit, MixedExamples, StalePlan
-from autopar.core.graph import Graph
+from autopar.core.errors import DoesNotFit, MixedExamples, StalePlan
+from autopar.core.graph import Graph, Remat
 from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
-from autopar.core.spec import Spec
-from autopar.program import emit, schedule, simulate
-from autopar.sharding import pins
 from autopar.sharding import plan as intra
 from autopar.sharding.options import Options as ShardingOptions
 from autopar.sharding.region import signature
 from autopar.stages.offers import Offer, replacements
-from autopar.trace.traced import Traced
+from autopar.trace.either import Remats
 
-Say = Callable[[str], None]
-GAP = 1e-3
-"""How near to the optimum a stage's sharding has to be proven before the solver stops."""
-
-SECONDS = 1.5
-"""Time for the sharding of one stage; it is only used up where the memory limit binds."""
+__all__ = ["GAP", "PRICE_GAP", "SECONDS", "Made", "Say", "make", "prices"]
 
 PRICE_GAP = 1e-2
 """The same for the price of a layer, which only guides the choice of stages."""
@@ -59,14 +50,6 @@ PATIENCE = 25.0
 """Seconds after which no further number of micro-batches is tried."""
 
 
-@dataclass(frozen=True)
-class Made:
-    """A plan and the trace it was made for."""
-
-    plan: nouns.Plan
-    traced: Traced
-
-
 def make(tracer: Tracer, cluster: Cluster, method: Method, say: Say) -> Made:
     """Returns the plan of a step on a cluster.
 
@@ -78,7 +61,7 @@ def make(tracer: Tracer, cluster: Cluster, method: Method, say: Say) -> Made:
         case Manual(plan=nouns.Plan() as plan):
             return _manual(tracer, cluster, plan)
         case ShardParallel() | Manual() | Follow() | CreateState():
-            return _one_stage(tracer, cluster, method, say)
+            return one_stage(tracer, cluster, method, say)
         case Auto():
             return _auto(tracer, cluster, method, say)
 
@@ -90,107 +73,13 @@ def make(tracer: Tracer, cluster: Cluster, method: Method, say: Say) -> Made:
 def _manual(tracer: Tracer, cluster: Cluster, plan: nouns.Plan) -> Made:
     tracer.layer_scans = plan.layer_scans
     tracer.layers = len(plan.layers)
-    traced = tracer(plan.microbatches, plan.remat)
+    traced = tracer(plan.microbatches, dict(plan.remat))
     if traced.fingerprint != plan.model:
         raise StalePlan(
             f"the plan was made for another model (its fingerprint is {plan.model[:12]}, this step's is "
             f"{traced.fingerprint[:12]}): other shapes, layers or versions; plan again"
         )
     return Made(plan, traced)
-
-
-# -- one stage
-# -------------------------------------------------------------------------------------------------
-
-
-OneStage = ShardParallel | Manual | Follow | CreateState
-
-
-def _one_stage(tracer: Tracer, cluster: Cluster, method: OneStage, say: Say) -> Made:
-    if len(cluster.kinds) > 1:
-        raise BadInput(
-            f"{type(method).__name__} shards over devices of one kind, but the cluster has "
-            f"{', '.join(cluster.kinds)}; use autopar.Auto(), which gives each kind stages of its own"
-        )
-    say("tracing")
-    remat = not isinstance(method, Follow | CreateState) and method.remat
-    micro = 1 if isinstance(method, Follow | CreateState) else method.micro_batches
-    tracer.layer_scans = remat  # whole they are planned once for all layers; only remat needs layers
-    traced = tracer(micro, remat)
-    best: nouns.Plan | None = None
-    refused: DoesNotFit | BadInput | None = None
-    for choice in _meshes(cluster, method):
-        say(f"sharding over {choice.mesh}")
-        options = stages.Options(stages=1, choices=(choice,), model=traced.fingerprint)
-        try:
-            fixed = _fixed(method, traced, choice.mesh)
-            found = stages.plan(traced.graph, cluster, _unpriced, _exact(traced.graph, fixed), options)
-        except (DoesNotFit, BadInput) as error:
-            refused = error
-            continue
-        found = _timed(found, cluster, remat, tracer.layer_scans)
-        if best is None or found.step_time < best.step_time:
-            best = found
-    if best is None:
-        assert refused is not None
-        raise refused
-    return Made(best, traced)
-
-
-def _meshes(cluster: Cluster, method: OneStage) -> tuple[MeshChoice, ...]:
-    if isinstance(method, Follow | CreateState):
-        sharding = following.sharding_of(method.step.made, type(method).__name__)
-        return (following.mesh_of(sharding, cluster),)
-    mesh = method.mesh
-    if mesh is None:
-        return tuple(c for c in submeshes(cluster) if c.devices == cluster.size)
-    choice = shaped(cluster, tuple(mesh.values()) if isinstance(mesh, Mapping) else mesh)
-    if isinstance(mesh, Mapping):
-        axes = tuple(replace(a, name=name) for a, name in zip(choice.mesh.axes, mesh, strict=True))
-        choice = replace(choice, mesh=replace(choice.mesh, axes=axes))
-    return (choice,)
-
-
-def _fixed(method: OneStage, traced: Traced, mesh: Mesh) -> tuple[tuple[int, Spec], ...]:
-    """The layouts that the method prescribes."""
-    match method:
-        case DataParallel():
-            return pins.data_parallel(traced.graph, mesh)
-        case Zero2():
-            return pins.zero2(traced.graph, mesh)
-        case Zero3():
-            return pins.zero3(traced.graph, mesh)
-        case Manual(specs=wanted):
-            return specs.pinned(traced, mesh, wanted or {}, method.where)
-        case Follow(step=step) | CreateState(step=step):
-            assert step.made is not None, "checked when its mesh was asked for"
-            take = following.arguments if isinstance(method, Follow) else following.results
-            return take(traced, step.made, step.made.plan.stages[0].sharding)
-        case _:
-            return ()
-
-
-def _unpriced(layer: int, mesh: Mesh) -> tuple[Offer, ...]:
-    """With one stage and one mesh there is nothing to choose, so nothing has to be priced."""
-    return (Offer(0.0, 0.0, 0.0, 0.0, 0.0, 0.0),)
-
-
-def _exact(graph: Graph, fixed: tuple[tuple[int, Spec], ...] = ()) -> stages.Shard:
-    """The exact intra-operator plan of a stage."""
-
-    def shard(equations: tuple[int, ...], mesh: Mesh, in_flight: int) -> ShardingPlan:
-        types = replacements(mesh.device, graph)
-        options = ShardingOptions(
-            in_flight=in_flight,
-            pinned=fixed,
-            gap=GAP,
-            seconds=SECONDS,
-            dtypes=types.dtypes,
-            products=types.products,
-        )
-        return intra.plan(graph, equations, mesh, options)
-
-    return shard
 
 
 # -- stages and shardings chosen
@@ -272,7 +161,7 @@ def _candidates(batch: int, first: int, found: Mapping[int, Made | Exception]) -
 
 def _fitting(tracer: Tracer, cluster: Cluster, method: Auto, micro: int, say: Say) -> Made:
     if method.remat is not None:
-        return _pipeline(tracer, cluster, method, micro, method.remat, say)
+        return _pipeline(tracer, cluster, method, micro, remat_of(method.remat), say)
     say(f"{micro} micro-batches: tracing")
     without = DoesNotFit("without recomputing, activations would fill most of the cluster's memory")
     if tracer.prepared(micro).least_bytes < ROOM * cluster.memory:
@@ -288,8 +177,8 @@ def _fitting(tracer: Tracer, cluster: Cluster, method: Auto, micro: int, say: Sa
     return Made(replace(found.plan, notes=(note, *found.plan.notes)), found.traced)
 
 
-def _pipeline(tracer: Tracer, cluster: Cluster, method: Auto, micro: int, remat: bool, say: Say) -> Made:
-    words = f"{micro} micro-batch{'es' * (micro > 1)}{', recomputing' * remat}"
+def _pipeline(tracer: Tracer, cluster: Cluster, method: Auto, micro: int, remat: Remats, say: Say) -> Made:
+    words = f"{micro} micro-batch{'es' * (micro > 1)}{', recomputing' * (remat not in (False, Remat.NONE))}"
     say(f"{words}: tracing")
     traced = tracer(micro, remat)
     say(f"{words}: pricing {len(traced.graph.layers)} layers")
@@ -300,8 +189,8 @@ def _pipeline(tracer: Tracer, cluster: Cluster, method: Auto, micro: int, remat:
         min_stages=1 if method.stages is not None else _least(method),
         model=traced.fingerprint,
     )
-    found = stages.plan(traced.graph, cluster, prices(traced.graph, say), _exact(traced.graph), options)
-    return Made(_timed(found, cluster, remat, True), traced)
+    found = stages.plan(traced.graph, cluster, prices(traced.graph, say), exact(traced.graph), options)
+    return Made(timed(found, cluster, remat, True), traced)
 
 
 def _least(method: Auto) -> int:
@@ -352,11 +241,3 @@ def prices(graph: Graph, say: Say) -> stages.Price:
 def _offer(plan: ShardingPlan) -> Offer:
     m = plan.memory
     return Offer(plan.forward, plan.backward, plan.apply, m.state, m.activations, m.workspace)
-
-
-def _timed(plan: nouns.Plan, cluster: Cluster, remat: bool, layer_scans: bool) -> nouns.Plan:
-    """The plan with its program simulated, which checks it as well."""
-    plan = replace(plan, cluster=str(cluster), remat=remat, layer_scans=layer_scans)
-    program = emit(plan, schedule(plan.schedule, len(plan.stages), plan.microbatches))
-    line = simulate(plan, program)
-    return plan.with_timing(line.step_time, line.bubble)

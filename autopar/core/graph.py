@@ -12,9 +12,6 @@ from autopar.core.dtypes import itemsize
 Dims: TypeAlias = tuple[tuple[int, ...], ...]
 """The factors of each dim of one tensor, major first: ((0,), (1, 2)) is "i, jk"."""
 
-Alternative: TypeAlias = "tuple[str, Remat]"
-"""A layer's name ("" without one), and one of the ways to run it."""
-
 
 class Phase(enum.StrEnum):
     """When an equation runs: forward and backward once per micro-batch, apply once per step."""
@@ -27,9 +24,13 @@ class Phase(enum.StrEnum):
 class Remat(enum.StrEnum):
     """What the backward pass of a layer computes again instead of keeping it from the forward."""
 
-    NONE = "nothing"
-    PRODUCTS = "all but products"  # what matrix products and convolutions made is kept
-    FULL = "everything"  # the layer's inputs are kept
+    NONE = "none"
+    PRODUCTS = "products"  # what matrix products and convolutions made is kept, the rest computed again
+    FULL = "full"  # the layer's inputs are kept, everything else is computed again
+
+
+Alternative: TypeAlias = tuple[str, Remat]
+"""A layer's name ("" without one), and one of the ways to run it."""
 
 
 class OpKind(enum.StrEnum):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from autopar.core.graph import Combine, Phase, Value
+from autopar.core.graph import Alternative, Combine, Phase, Value
 from autopar.core.mesh import Mesh
 from autopar.core.program import Segment
 from autopar.core.spec import Spec
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ class Plan:
         inputs, outputs, aliases, batch, constants, combine: as in the graph.
         objective, bound: seconds per step in the stage program's model, and its proven lower bound.
         step_time, bubble: seconds and share of idle time in the simulated program.
-        remat: whether activations are recomputed in the backward pass.
+        remat: (layer, what its backward pass computes again) for every layer that computes something again.
         layer_scans: whether scans over layers were cut into layers.
         notes: for people.
     """
@@ -216,7 +216,7 @@ class Plan:
     bubble: float = 0.0
     notes: tuple[str, ...] = ()
     cluster: str = ""
-    remat: bool = False
+    remat: tuple[Alternative, ...] = ()
     layer_scans: bool = True
     version: int = VERSION
 

@@ -40,6 +40,10 @@ SHARED_GAP, WORTH = 1.1, 0.005
 """How much further from the optimum than for its own stage a plan may be proven for another one, where the
 solver ran out of time: that factor, and half a per cent."""
 
+FAR = 0.05
+"""A plan that keeps gathered state and is not proven to be this near the best is compared with one that
+gathers again."""
+
 TRIES = 4
 """How often a plan is looked for below a lower limit when what is moved does not fit beside it."""
 
@@ -168,13 +172,21 @@ def _planned(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
 
 
 def _kept_or_moved(region: Region, mesh: Mesh, options: Options) -> ShardingPlan:
-    """State that both passes read in another layout is kept in it, as long as that fits."""
-    if options.regather is None and region.whole:
-        try:
-            return _solve(prepare(region, mesh, replace(options, regather=False)))
-        except DoesNotFit:
-            return _solve(prepare(region, mesh, replace(options, regather=True)))
-    return _solve(prepare(region, mesh, options))
+    """State that both passes read in another layout is kept in it, as long as that fits (and is not far from
+    the best plan: what is held in a second layout then is in the way)."""
+    if options.regather is not None or not region.whole:
+        return _solve(prepare(region, mesh, options))
+    try:
+        kept = _solve(prepare(region, mesh, replace(options, regather=False)))
+    except DoesNotFit:
+        return _solve(prepare(region, mesh, replace(options, regather=True)))
+    if kept.gap <= FAR:
+        return kept
+    try:
+        moved = _solve(prepare(region, mesh, replace(options, regather=True)))
+    except DoesNotFit:
+        return kept
+    return min(kept, moved, key=lambda found: found.objective)
 
 
 @functools.lru_cache(maxsize=256)

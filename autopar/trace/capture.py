@@ -198,6 +198,11 @@ class Prepared:
         return sum(flops(e) * (3 if i in ahead else 1) for i, e in enumerate(self.cut.flat.equations))
 
     @property
+    def differentiates(self) -> bool:
+        """Whether `autopar.grad` says what is differentiated, so that layers may compute things again."""
+        return bool(gradient.gradient_equations(self.cut.flat))
+
+    @property
     def least_bytes(self) -> int:
         """Bytes that all devices together need at least: state, sums of gradients, and what the backward pass
         of one micro-batch keeps, where nothing is computed again. Only `autopar.grad` tells of a backward."""

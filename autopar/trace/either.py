@@ -6,6 +6,7 @@ Such a graph is planned, never run: `either` stands for the result of the altern
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from jax import lax
@@ -19,15 +20,21 @@ _either_p = Primitive("autopar_either")
 _either_p.def_abstract_eval(lambda *avals: avals[0])
 
 Remats: TypeAlias = bool | Remat | tuple[Remat, ...] | Mapping[str, Remat | tuple[Remat, ...]]
-"""What layers compute again: all alike (True: everything), or by name; several: a graph that holds each."""
+"""What layers compute again: all alike (True: everything), or by name or pattern ("Block_*"); several: a
+graph that holds each."""
 
 
 def ways(remat: Remats, layer: str | None) -> tuple[Remat, ...]:
     """Returns the ways in which a layer is to be differentiated; one that no mapping names: keeping all."""
-    found = remat.get(layer or "", Remat.NONE) if isinstance(remat, Mapping) else remat
+    found = _named(remat, layer or "") if isinstance(remat, Mapping) else remat
     if isinstance(found, bool):
         return (Remat.FULL if found else Remat.NONE,)
     return (found,) if isinstance(found, Remat) else found
+
+
+def _named(remat: Mapping[str, Remat | tuple[Remat, ...]], layer: str) -> Remat | tuple[Remat, ...]:
+    matching = (found for pattern, found in remat.items() if fnmatchcase(layer, pattern))
+    return remat.get(layer) or next(matching, Remat.NONE)
 
 
 def is_either(equation: JaxprEqn) -> bool:

@@ -1,0 +1,201 @@
+"""Plans of one stage: every mesh that the method allows, and per layer what to compute again where memory is
+short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from autopar import stages
+from autopar.api import following, specs
+from autopar.api.exact import Made, Pins, Say, exact, stage_options, timed
+from autopar.api.methods import (
+    CreateState,
+    DataParallel,
+    Follow,
+    Manual,
+    ShardParallel,
+    Zero2,
+    Zero3,
+    remat_of,
+)
+from autopar.api.tracing import Tracer
+from autopar.cluster import Cluster, MeshChoice, shaped, submeshes
+from autopar.core.errors import BadInput, DoesNotFit, UnknownName
+from autopar.core.graph import Remat
+from autopar.core.mesh import Mesh
+from autopar.core.plan import ShardingPlan
+from autopar.sharding import pins
+from autopar.sharding import plan as intra
+from autopar.sharding import remat as layers
+from autopar.sharding.restrict import choosing
+from autopar.stages.offers import Offer
+from autopar.trace.either import Remats
+from autopar.trace.traced import Traced
+
+OneStage: TypeAlias = ShardParallel | Manual | Follow | CreateState
+
+FULL, SLOWED = 0.7, 1.02
+"""A plan that takes less of a device is not short of memory; nor is one that needs no more time than so many
+times what it would need without a limit."""
+
+
+def one_stage(tracer: Tracer, cluster: Cluster, method: OneStage, say: Say) -> Made:
+    """Returns the fastest plan over the meshes that the method allows.
+
+    Where nothing fits, or the fastest plan is slowed down by the memory limit, layers may compute again what
+    they would have kept (unless the method says what to recompute).
+
+    Raises:
+        BadInput: devices of several kinds, bad layouts. DoesNotFit: no plan keeps within the memory.
+    """
+    if len(cluster.kinds) > 1:
+        raise BadInput(
+            f"{type(method).__name__} shards over devices of one kind, but the cluster has "
+            f"{', '.join(cluster.kinds)}; use autopar.Auto(), which gives each kind stages of its own"
+        )
+    work = _Work(tracer, cluster, method, say)
+    said = False if isinstance(method, Follow | CreateState) else remat_of(method.remat)
+    choices = _meshes(cluster, method)
+    say("tracing")
+    best, refused = work.fastest(choices, False if said is None else said)
+    if said is None and work.differentiates:
+        short = choices if best is None else tuple(c for c in choices if _is_short(best, c))
+        other, reason = work.recomputing(short)
+        best = min((x for x in (best, other) if x is not None), key=_time, default=None)
+        refused = reason or refused
+    if best is None:
+        assert refused is not None
+        raise refused
+    return best
+
+
+def _time(made: Made) -> float:
+    return made.plan.step_time
+
+
+@dataclass
+class _Work:
+    tracer: Tracer
+    cluster: Cluster
+    method: OneStage
+    say: Say
+
+    @property
+    def micro(self) -> int:
+        return 1 if isinstance(self.method, Follow | CreateState) else self.method.micro_batches
+
+    @property
+    def differentiates(self) -> bool:
+        return self.tracer.prepared(self.micro).differentiates
+
+    def fastest(
+        self, choices: tuple[MeshChoice, ...], remat: Remats
+    ) -> tuple[Made | None, DoesNotFit | BadInput | None]:
+        """Returns the fastest plan that fits, or why there is none."""
+        # whole scans are planned once for all layers; only what layers recompute needs them apart
+        self.tracer.layer_scans = remat not in (False, Remat.NONE)
+        traced = self.tracer(self.micro, remat)
+        _check_names(remat, traced)
+        best: Made | None = None
+        refused: DoesNotFit | BadInput | None = None
+        for choice in choices:
+            self.say(f"sharding over {choice.mesh}")
+            try:
+                found = self._planned(traced, choice, remat)
+            except (DoesNotFit, BadInput) as error:
+                refused = error
+                continue
+            if best is None or _time(found) < _time(best):
+                best = found
+        return best, refused
+
+    def _planned(self, traced: Traced, choice: MeshChoice, remat: Remats) -> Made:
+        options = stages.Options(stages=1, choices=(choice,), model=traced.fingerprint)
+        shard = exact(traced.graph, _fixed(self.method, traced, choice.mesh))
+        found = stages.plan(traced.graph, self.cluster, _unpriced, shard, options)
+        return Made(timed(found, self.cluster, remat, self.tracer.layer_scans), traced)
+
+    def recomputing(self, choices: tuple[MeshChoice, ...]) -> tuple[Made | None, DoesNotFit | None]:
+        """Returns the fastest plan in which layers compute again what pays, or why there is none."""
+        best: Made | None = None
+        refused: DoesNotFit | None = None
+        for choice in choices:
+            self.say(f"choosing what layers recompute on {choice.mesh}")
+            try:
+                found = self._recomputing(choice)
+            except DoesNotFit as error:
+                refused = error
+                continue
+            if best is None or _time(found) < _time(best):
+                best = found
+        return best, None if best else refused
+
+    def _recomputing(self, choice: MeshChoice) -> Made:
+        self.tracer.layer_scans = True
+        every = self.tracer(self.micro, tuple(Remat))
+        if not choosing(every.graph):
+            raise DoesNotFit("no layer keeps anything for its backward pass that could be computed again")
+        pinned = _fixed(self.method, every, choice.mesh)
+        chosen = layers.choose(every.graph, choice.mesh, stage_options(every.graph, choice.mesh, pinned))
+        remat = dict(chosen.remat)
+        found = self._planned(self.tracer(self.micro, remat), choice, remat)
+        return replace(found, plan=replace(found.plan, notes=(*found.plan.notes, chosen.text())))
+
+
+def _check_names(remat: Remats, traced: Traced) -> None:
+    for name in remat if isinstance(remat, Mapping) else ():
+        if not any(found == name or fnmatchcase(found, name) for found in traced.graph.layers):
+            raise UnknownName("layer to recompute", name, traced.graph.layers)
+
+
+def _is_short(made: Made, choice: MeshChoice) -> bool:
+    """Whether a plan on this mesh would be faster if its devices had more memory."""
+    (stage,) = made.plan.stages
+    own: ShardingPlan = stage.sharding
+    if stage.mesh != choice.mesh or own.memory.peak < FULL * own.memory.limit:
+        return False
+    graph = made.traced.graph
+    options = replace(stage_options(graph, choice.mesh), limit=layers.UNLIMITED, regather=False)
+    free = intra.plan(graph, range(len(graph.equations)), choice.mesh, options)
+    return own.objective > SLOWED * free.objective
+
+
+def _meshes(cluster: Cluster, method: OneStage) -> tuple[MeshChoice, ...]:
+    if isinstance(method, Follow | CreateState):
+        sharding = following.sharding_of(method.step.made, type(method).__name__)
+        return (following.mesh_of(sharding, cluster),)
+    mesh = method.mesh
+    if mesh is None:
+        return tuple(c for c in submeshes(cluster) if c.devices == cluster.size)
+    choice = shaped(cluster, tuple(mesh.values()) if isinstance(mesh, Mapping) else mesh)
+    if isinstance(mesh, Mapping):
+        axes = tuple(replace(a, name=name) for a, name in zip(choice.mesh.axes, mesh, strict=True))
+        choice = replace(choice, mesh=replace(choice.mesh, axes=axes))
+    return (choice,)
+
+
+def _fixed(method: OneStage, traced: Traced, mesh: Mesh) -> Pins:
+    """The layouts that the method prescribes."""
+    match method:
+        case DataParallel():
+            return pins.data_parallel(traced.graph, mesh)
+        case Zero2():
+            return pins.zero2(traced.graph, mesh)
+        case Zero3():
+            return pins.zero3(traced.graph, mesh)
+        case Manual(specs=wanted):
+            return specs.pinned(traced, mesh, wanted or {}, method.where)
+        case Follow(step=step) | CreateState(step=step):
+            assert step.made is not None, "checked when its mesh was asked for"
+            take = following.arguments if isinstance(method, Follow) else following.results
+            return take(traced, step.made, step.made.plan.stages[0].sharding)
+        case _:
+            return ()
+
+
+def _unpriced(layer: int, mesh: Mesh) -> tuple[Offer, ...]:
+    """With one stage and one mesh there is nothing to choose, so nothing has to be priced."""
+    return (Offer(0.0, 0.0, 0.0, 0.0, 0.0, 0.0),)

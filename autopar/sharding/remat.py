@@ -1,0 +1,258 @@
+"""What each layer computes again in its backward pass, chosen with all layouts under a memory limit.
+
+The graph holds every alternative of every layer, and one integer program chooses among them and all layouts
+(`sharding/alternatives.py`); where it is small it is solved as a whole, which bounds what any choice can
+reach, or proves that nothing fits. A larger one is branched on its layers first: the alternatives that are
+taken make an ordinary graph (`sharding/restrict.py`), whose own program is solved. Few assignments are gone
+through completely, as far as the time they need without a limit does not rule them out. Of many, those are
+looked at that save most bytes per second that computing again takes, layer by layer (the choices at every
+price of memory, as far as layers do not influence each other); how many layers have to compute more is
+bisected.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from autopar.core.errors import DoesNotFit, PlanError
+from autopar.core.graph import Alternative, Graph, Remat
+from autopar.core.mesh import Mesh
+from autopar.core.plan import ShardingPlan
+from autopar.sharding import plan as intra
+from autopar.sharding.alternatives import conditional
+from autopar.sharding.assemble import assemble
+from autopar.sharding.memory import BY
+from autopar.sharding.options import Options
+from autopar.sharding.region import extract, signature
+from autopar.sharding.restrict import choosing, restrict
+from autopar.sharding.solving import Solved, minimise
+from autopar.sharding.text import gigabytes
+
+Taken: TypeAlias = tuple[Remat, ...]
+"""An alternative for every layer that has several."""
+
+WHOLE = 250
+"""A program of at most so many nodes is solved as a whole."""
+
+ENUMERATED = 27
+"""So many assignments are all gone through."""
+
+SECONDS = 60.0
+"""Time after which the best assignment found so far is returned."""
+
+UNLIMITED = 1 << 60
+"""Bytes that no plan needs."""
+
+MOST_SHOWN = 6
+"""Of so many layers it is said what each costs."""
+
+WORDS = {Remat.PRODUCTS: "all but products", Remat.FULL: "everything"}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What to compute again.
+
+    Attributes:
+        remat: the alternative of every layer that has several.
+        plan: of the graph in which these are taken.
+        seconds: per step, what computing again costs: per layer, or of many layers together.
+        bound: seconds per step that no assignment goes below; 0 if not known.
+        tried: how many assignments were planned exactly.
+    """
+
+    remat: tuple[Alternative, ...]
+    plan: ShardingPlan
+    seconds: tuple[float, ...]
+    bound: float
+    tried: int
+
+    def text(self) -> str:
+        """Returns what is computed again and what that costs, for people."""
+        again = [each for each in self.remat if each[1] is not Remat.NONE]
+        if not again:
+            return f"memory is short; of {self.tried} choices of layers to recompute, none was faster"
+        each = len(self.seconds) == len(again)
+        costs = [f" ({1e3 * s:.3g} ms)" for s in self.seconds] if each else [""] * len(again)
+        words = ", ".join(f"{name or 'the step'}: {WORDS[r]}{cost}" for (name, r), cost in zip(again, costs))
+        total = "" if each else f"; together {1e3 * sum(self.seconds):.3g} ms"
+        return f"memory is short; recomputed in the backward pass: {words}{total}"
+
+
+def choose(graph: Graph, mesh: Mesh, options: Options) -> Chosen:
+    """Returns the assignment of alternatives whose plan is fastest within the memory limit.
+
+    Args:
+        graph: holds alternatives. mesh, options: as for `plan`.
+
+    Raises:
+        DoesNotFit: no assignment fits; says what the best one misses, and whether that is proven.
+    """
+    search = Search(graph, mesh, options)
+    joint = search.joint() if search.small else None
+    if joint is not None and joint.status == "infeasible":
+        raise search.failure("it is proven that no choice of layers to recompute fits")
+    for taken in search.candidates(joint):
+        search.visit(taken)
+        if search.late():
+            break
+    if search.best is None:
+        raise search.failure("recomputing does not help")
+    best = search.best
+    bound = joint.bound if joint is not None and math.isfinite(joint.bound) else 0.0
+    remat = tuple(zip(search.names, best))
+    return Chosen(remat, search.planned(best), search.seconds(best), max(0.0, bound), len(search.visited))
+
+
+@dataclass
+class Search:
+    """Assignments seen so far. best: the fastest that fits."""
+
+    graph: Graph
+    mesh: Mesh
+    options: Options
+    visited: dict[Taken, ShardingPlan | DoesNotFit] = field(default_factory=dict)
+    best: Taken | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.layers = choosing(self.graph)
+        self.names = tuple(self.layers)
+        self.few = math.prod(map(len, self.layers.values())) <= ENUMERATED
+        region = extract(self.graph, range(len(self.graph.equations)))
+        self.setting = intra.prepare(region, self.mesh, intra.canonical(self.options, region))
+
+    # the integer program of all alternatives
+    @property
+    def small(self) -> bool:
+        """Whether the whole program is one to solve at once."""
+        return len(self.setting.model.nodes) <= WHOLE
+
+    def joint(self) -> Solved:
+        """Returns the solution of the whole program under the limit."""
+        s = self.setting
+        items = tuple(item for item in s.items if item.role != BY)
+        costs = conditional(assemble(s.model, s.grid, s.nbytes, items, self.options.memory_price), s.model)
+        limit = intra.limit_of(self.options, self.mesh)
+        return minimise(costs, limit, self.options.seconds, self.options.gap)
+
+    def taken(self, solved: Solved) -> Taken | None:
+        """Returns the layers' part of a solution."""
+        if solved.chosen is None:
+            return None
+        own = solved.chosen[len(solved.chosen) - len(self.layers) :]
+        return tuple(remats[k] for remats, k in zip(self.layers.values(), own))
+
+    # assignments
+    def candidates(self, joint: Solved | None) -> Iterator[Taken]:
+        """Yields assignments worth planning; which come next depends on what was found of the last."""
+        if joint is not None and (first := self.taken(joint)) is not None:
+            yield first
+        if self.few:
+            yield from sorted(itertools.product(*self.layers.values()), key=self.fastest)
+            return
+        path = self._path()
+        low, high = -1, len(path) - 1  # low does not fit
+        yield path[high]
+        while high - low > 1:
+            middle = (low + high) // 2
+            yield path[middle]
+            low, high = (middle, high) if self._too_big(path[middle]) else (low, middle)
+        if self.best is None:  # computing more again can need more at once: look at the others, too
+            yield from path[:: max(1, len(path) // 8)]
+
+    def _too_big(self, taken: Taken) -> bool:
+        return isinstance(self.visited[taken], DoesNotFit)
+
+    def _path(self) -> list[Taken]:
+        """Returns assignments from keeping everything on, each of which saves more bytes than the one before,
+        the cheapest bytes first. Equal layers are measured once."""
+        kept = tuple(Remat.NONE if Remat.NONE in r else r[0] for r in self.layers.values())
+        base = self._unlimited(kept)
+        measured: dict[tuple[str, Remat], tuple[float, int]] = {}
+        steps: list[tuple[float, int, Remat]] = []
+        for k, (name, remats) in enumerate(self.layers.items()):
+            own = [i for i, e in enumerate(self.graph.equations) if e.when is not None and e.when[0] == name]
+            kind = signature(self.graph, own)
+            before = (0.0, 0)
+            for remat in remats:
+                if remat is kept[k]:
+                    continue
+                if (kind, remat) not in measured:
+                    plan = self._unlimited((*kept[:k], remat, *kept[k + 1 :]))
+                    saved = base.memory.activations - plan.memory.activations
+                    measured[kind, remat] = max(0.0, plan.objective - base.objective), saved
+                seconds, saved = measured[kind, remat]
+                if saved > before[1]:
+                    steps.append(((seconds - before[0]) / (saved - before[1]), k, remat))
+                    before = seconds, saved
+        path, now = [kept], list(kept)
+        for _, k, remat in sorted(steps, key=lambda step: step[:2]):
+            order = list(self.layers.values())[k]
+            if order.index(remat) > order.index(now[k]):
+                now[k] = remat
+                path.append(tuple(now))
+        return path
+
+    def visit(self, taken: Taken) -> None:
+        """Plans an assignment, unless it cannot be the best."""
+        if taken in self.visited:
+            return
+        if self.few and self.best and self.fastest(taken) >= self.planned(self.best).objective:
+            return
+        try:
+            self.visited[taken] = found = self._plan(taken, self.options)
+        except PlanError as error:
+            self.visited[taken] = error if isinstance(error, DoesNotFit) else DoesNotFit(str(error))
+            return
+        if self.best is None or found.objective < self.planned(self.best).objective:
+            self.best = taken
+
+    def planned(self, taken: Taken) -> ShardingPlan:
+        """Returns the plan of an assignment that fits."""
+        found = self.visited[taken]
+        assert isinstance(found, ShardingPlan)
+        return found
+
+    def fastest(self, taken: Taken) -> float:
+        """Returns seconds that an assignment needs whatever memory there is."""
+        return self._unlimited(taken).bound
+
+    def seconds(self, taken: Taken) -> tuple[float, ...]:
+        """Returns what computing again costs, layer by layer, or of many layers together."""
+        again = [k for k, remat in enumerate(taken) if remat is not Remat.NONE]
+        one_less = [(*taken[:k], Remat.NONE, *taken[k + 1 :]) for k in again]
+        if len(again) > MOST_SHOWN:
+            one_less = [(Remat.NONE,) * len(taken)]
+        return tuple(max(0.0, self.fastest(taken) - self.fastest(other)) for other in one_less)
+
+    def _unlimited(self, taken: Taken) -> ShardingPlan:
+        return self._plan(taken, replace(self.options, limit=UNLIMITED, regather=False))
+
+    def _plan(self, taken: Taken, options: Options) -> ShardingPlan:
+        graph = restrict(self.graph, dict(zip(self.names, taken)))
+        return intra.plan(graph, range(len(graph.equations)), self.mesh, options)
+
+    def late(self) -> bool:
+        """Whether time is up and there is something to return."""
+        return self.best is not None and time.monotonic() - self.began > SECONDS
+
+    def failure(self, why: str) -> DoesNotFit:
+        """Returns the error when nothing fits, with what the assignment that misses least says."""
+        if not self.visited:
+            self.visit(tuple(remats[-1] for remats in self.layers.values()))
+        errors = {taken: e for taken, e in self.visited.items() if isinstance(e, DoesNotFit)}
+        limit = gigabytes(intra.limit_of(self.options, self.mesh))
+        if not errors:
+            return DoesNotFit(f"nothing fits into {limit}: {why}")
+        taken = min(errors, key=lambda t: errors[t].missing or math.inf)
+        again = [f"{n}: {r}" for n, r in zip(self.names, taken) if r is not Remat.NONE][:MOST_SHOWN]
+        words = f"recomputing {', '.join(again)}" if again else "recomputing nothing"
+        return DoesNotFit(
+            f"nothing fits into {limit}; {why}; nearest is {words}: {errors[taken]}", errors[taken].missing
+        )
