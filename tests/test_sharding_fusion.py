@@ -9,7 +9,7 @@ import pytest
 
 from autopar.bench.plan_cell import STRUCTURE, step_segment
 from autopar.bench.score import peak_bytes
-from autopar.core.graph import Equation, Graph, OpKind, Rule, Value
+from autopar.core.graph import Equation, Graph, OpKind, Phase, Rule, Value
 from autopar.core.mesh import Axis, Device, Mesh
 from autopar.models import catalog
 from autopar.runtime.layout import jax_mesh
@@ -77,6 +77,28 @@ def test_a_sum_of_two_that_several_read_is_kept():
     )
     assert ((), 4) not in fusion.sources
     assert ((), 5) in fusion.sources and ((), 6) in fusion.sources
+
+
+def test_who_reads_a_view_reads_what_it_is_a_view_of():
+    many = (dot(0, 1, 2), unary(2, 3), view(3, 4), dot(4, 1, 5), unary(5, 6), add(6, 4, 7))
+    fusion, spans = analyse(*many, outputs=(7,))
+    assert fusion.kept_for[(), 3] == {4}
+    assert spans.of(((), 3)) == (2, 5, False), "written for the product, through its view"
+    assert spans.of(((), 2)) == (1, 7, False), "and computed again for the sum"
+
+
+def view(source: int, to: int) -> Equation:
+    return Equation("copy", (source,), (to,), SAME, OpKind.VIEW)
+
+
+def test_what_only_the_caller_waits_for_comes_last():
+    """A loss (value 3) keeps what it reads (2) to the end, unless there is no backward to wait for."""
+    forward = (dot(0, 1, 2), unary(2, 3), unary(2, 4))
+    backward = (replace(dot(4, 1, 5), phase=Phase.BACKWARD), replace(dot(5, 1, 6), phase=Phase.BACKWARD))
+    _, spans = analyse(*forward, *backward, outputs=(3, 6))
+    assert spans.late == {2} and spans.of(((), 2)) == (1, 6, False)
+    _, spans = analyse(*forward, *(replace(e, phase=Phase.FORWARD) for e in backward), outputs=(3, 6))
+    assert not spans.late and spans.of(((), 2)) == (1, 4, False)
 
 
 @pytest.mark.parametrize("sizes", [("mlp", {}), ("gpt-tiny", {"layers": 2, "sequence": 64, "hidden": 128})])

@@ -8,7 +8,7 @@ it, and keeps alive what it is made of instead of itself, except (`xla::Instruct
 - readers that no elementwise operation fuses into (products, gathers, sorts, loops, …): for these the result
   is written, once.
 
-A reshape or a cast-free view of one operand is that operand.
+A reshape or a cast-free view of one operand is that operand: who reads the view reads the operand.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int]) -> Fusion
     hungry = {step.tick for step in model.steps if not _fuses(step)}
     steps = {step.tick for step in model.steps}
     leaving = {((), v) for v in region.leaving}
+    read = _read_at(model, nbytes, leaving)
     for step in model.steps:
         if kind_of(step.equation) not in (OpKind.FUSED, OpKind.VIEW):
             continue
@@ -54,15 +55,34 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int]) -> Fusion
                 continue
             size = nbytes(model.value(key))
             big = _big(step, model, nbytes, size)
-            ticks = {tick for tick, _ in model.uses.get(key, [])}
+            ticks = read.get(key, set())
             several = _readers(model, ticks) > 1
             if several and (step.equation.costly or len(big) > 1):
                 continue
             found.sources[key] = big
-            view = step.equation.kind is OpKind.VIEW and any(nbytes(model.value(u)) == size for u in big)
-            if not view:
+            if _viewed(step, model, nbytes, v) is None:
                 found.kept_for[key] = frozenset(t for t in ticks if t in hungry or t not in steps)
     return found
+
+
+def _read_at(model: Model, nbytes: Callable[[Value], int], leaving: set[Key]) -> dict[Key, set[int]]:
+    """Returns the ticks at which every value is read, itself or through views of it."""
+    found = {key: {tick for tick, _ in uses} for key, uses in model.uses.items()}
+    for step in sorted(model.steps, key=lambda step: -step.tick):
+        for v in step.equation.outputs:
+            of = _viewed(step, model, nbytes, v)
+            if of is not None and (step.path, v) in model.homes and (step.path, v) not in leaving:
+                found[of] = found[of] - {step.tick} | found.get((step.path, v), set())
+    return found
+
+
+def _viewed(step: Step, model: Model, nbytes: Callable[[Value], int], v: int) -> Key | None:
+    """The operand that a result is a view of."""
+    if step.equation.kind is not OpKind.VIEW:
+        return None
+    size = nbytes(model.value((step.path, v)))
+    same = (u for u in _big(step, model, nbytes, size) if nbytes(model.value(u)) == size)
+    return next(same, None)
 
 
 def _readers(model: Model, ticks: set[int]) -> int:

@@ -18,6 +18,7 @@ from autopar.core.graph import Alternative, Combine, Phase, Value
 from autopar.core.plan import Memory
 from autopar.sharding.fusion import fuse
 from autopar.sharding.grid import Grid, Layout
+from autopar.sharding.late import late
 from autopar.sharding.model import Home, Key, Model
 from autopar.sharding.moved import Held
 from autopar.sharding.region import Region
@@ -121,7 +122,8 @@ class Spans:
                 self.made.update(((path, v), scope.phase or e.phase) for v in e.outputs)
         self.skip: set[Key] = {((), v) for v in region.state} | {((), v) for v, _ in region.ties}
         self.skip |= loop_constants(model)
-        self.fusion = fuse(region, model, nbytes)
+        self.fusion, self.late = fuse(region, model, nbytes), late(region, model)
+        self.end = model.ticks if region.microbatches == 1 else last_microbatch_tick(region, model) - 1
         self.last: dict[Key, int] = {}
         self.crossing: set[Key] = set()
         self.reading = Reading(model)
@@ -156,6 +158,7 @@ class Spans:
             for source in sources - seen:
                 self._use(source, tick, phase, seen | {source})
             return
+        tick = self.end if self.region.whole and tick in self.late else tick
         when = self.model.asked.get(tick)
         apart = when is not None and self.model.owner(key) != when
         if not apart:
