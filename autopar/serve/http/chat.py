@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from autopar.serve.http.completions import LONG
 from autopar.serve.http.errors import bad
 from autopar.serve.http.logprobs import chat_logprobs
 from autopar.serve.http.sampling import check_limits, sampling_of
 from autopar.serve.http.schemas import ChatRequest, Message, parse
 from autopar.serve.http.service import Batch, Service
-from autopar.serve.http.streaming import EventStream, while_connected
+from autopar.serve.http.streaming import beside, respond
 from autopar.serve.request import Output, Sampling
 
 
@@ -28,19 +26,10 @@ async def chat(service: Service, request: Request, raw: bytes, key: str) -> Resp
     most = _most(body)
     sampling = _sampling(service, body, most)
     more = (body.messages, body.add_generation_prompt, body.chat_template_kwargs)
-    if len(raw) > LONG:
-        ids = await asyncio.to_thread(prompt_ids, service, *more)
-    else:
-        ids = prompt_ids(service, *more)
+    ids = await beside(raw, prompt_ids, service, *more)
     prompt = service.checked_prompt(ids, most, "messages")
     job = _Job(service, body, service.submit([prompt], sampling, key))
-    if body.stream:
-        return EventStream(job.chunks(), job.batch.close, {"x-request-id": job.id})
-    try:
-        answer = await while_connected(request.receive, job.whole())
-    finally:
-        job.batch.close()
-    return JSONResponse(answer, headers={"x-request-id": job.id})
+    return await respond(request, job, body.stream)
 
 
 def prompt_ids(
@@ -90,6 +79,10 @@ class _Job:
             "id": self.id, "created": int(time.time()), "model": service.names[0],
             "system_fingerprint": service.fingerprint,
         }  # fmt: skip
+
+    def close(self) -> None:
+        """Ends what has not ended."""
+        self.batch.close()
 
     async def whole(self) -> dict[str, Any]:
         """Returns the answer when all of it is there."""

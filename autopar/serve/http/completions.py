@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 import uuid
@@ -11,18 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from autopar.serve.http.errors import bad
 from autopar.serve.http.logprobs import completion_logprobs
 from autopar.serve.http.sampling import check_limits, sampling_of
 from autopar.serve.http.schemas import CompletionRequest, parse
 from autopar.serve.http.service import Batch, Service
-from autopar.serve.http.streaming import EventStream, while_connected
+from autopar.serve.http.streaming import beside, respond
 from autopar.serve.request import Output, Sampling, TokenLogprob
-
-LONG = 1 << 15
-"""Bytes of a body from which on its text is tokenised in a thread."""
 
 
 @dataclass
@@ -42,18 +38,9 @@ async def complete(service: Service, request: Request, raw: bytes, key: str) -> 
     body = parse(CompletionRequest, raw)
     service.check_model(body.model)
     sampling = _sampling(service, body)
-    if len(raw) > LONG:  # others' tokens go on while this text is tokenised
-        texts, prompts = await asyncio.to_thread(_prompts, service, body)
-    else:
-        texts, prompts = _prompts(service, body)
+    texts, prompts = await beside(raw, _prompts, service, body)
     job = _Job(service, body, texts, service.submit(prompts, sampling, key))
-    if body.stream:
-        return EventStream(job.chunks(), job.batch.close, {"x-request-id": job.id})
-    try:
-        answer = await while_connected(request.receive, job.whole())
-    finally:
-        job.batch.close()
-    return JSONResponse(answer, headers={"x-request-id": job.id})
+    return await respond(request, job, body.stream)
 
 
 def _sampling(service: Service, body: CompletionRequest) -> Sampling:
@@ -118,6 +105,10 @@ class _Job:
         }
         self.choices = [_Choice() for _ in range(len(texts) * body.n)]
         self.prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = {}
+
+    def close(self) -> None:
+        """Ends what has not ended."""
+        self.batch.close()
 
     async def whole(self) -> dict[str, Any]:
         """Returns the answer when all of it is there."""

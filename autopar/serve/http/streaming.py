@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from autopar.serve.http.errors import ApiError, unexpected
@@ -17,7 +17,49 @@ from autopar.serve.http.errors import ApiError, unexpected
 LINGER = 4
 """Times the limit up to which a body is read (and dropped), as one who still sends does not see an answer."""
 
+LONG = 1 << 15
+"""Bytes of a body from which on its text is tokenised in a thread."""
+
 Result = TypeVar("Result")
+
+
+class Job(Protocol):
+    """An answer under way.
+
+    Attributes:
+        id: its name, in a header too.
+    """
+
+    id: str
+
+    def chunks(self) -> AsyncGenerator[Any, None]:
+        """Yields it event by event."""
+        ...
+
+    async def whole(self) -> Any:
+        """Returns it when all of it is there."""
+        ...
+
+    def close(self) -> None:
+        """Ends what has not ended."""
+        ...
+
+
+async def respond(request: Request, job: Job, stream: bool) -> Response:
+    """Returns the response with an answer, whole or as a stream; its job ends if the client hangs up."""
+    headers = {"x-request-id": job.id}
+    if stream:
+        return EventStream(job.chunks(), job.close, headers)
+    try:
+        answer = await while_connected(request.receive, job.whole())
+    finally:
+        job.close()
+    return JSONResponse(answer, headers=headers)
+
+
+async def beside(raw: bytes, work: Callable[..., Result], *args: Any) -> Result:
+    """Returns `work(*args)`; in a thread if the body is long, so that others' tokens go on meanwhile."""
+    return await asyncio.to_thread(work, *args) if len(raw) > LONG else work(*args)
 
 
 class ClientGone(Exception):
