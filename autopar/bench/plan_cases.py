@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from autopar import cluster as room
 from autopar.bench.expert_cuts import CHANNELS, DECODER, PERCEPTRON, TRANSFORMER, UNET, Cuts
 from autopar.core.errors import BadInput, UnknownName
-from autopar.core.mesh import Mesh
+from autopar.core.mesh import Device, Mesh
 from autopar.models import catalog, layers
 from autopar.models.step import ModelStep
 from autopar.trace.gradient import value_and_grad
@@ -145,6 +146,12 @@ def mesh_of(text: str, device: str, network: float) -> Mesh:
     Raises:
         BadInput: not numbers of at least 1 joined by "x".
     """
+    cluster, shape = cluster_of(text, room.device(device), network)
+    return room.shaped(cluster, shape).mesh
+
+
+def cluster_of(text: str, kind: Device, network: float) -> tuple[room.Cluster, tuple[int, ...]]:
+    """Returns the nodes behind a mesh, and its shape. Arguments and errors as in `mesh_of`."""
     try:
         shape = tuple(int(n) for n in text.lower().replace("×", "x").split("x"))
     except ValueError:
@@ -154,11 +161,5 @@ def mesh_of(text: str, device: str, network: float) -> Mesh:
     while len(shape) > 1 and shape[0] == 1:  # 1x8 is one node of eight
         shape = shape[1:]
     nodes = shape[0] if len(shape) > 1 else 1
-    size = 1
-    for n in shape:
-        size *= n
-    kind = room.device(device)
-    found = room.Cluster(
-        tuple(room.Node(f"n{i}", kind, size // nodes) for i in range(nodes)), network=network
-    )
-    return room.shaped(found, shape).mesh
+    each = tuple(room.Node(f"n{i}", kind, math.prod(shape) // nodes) for i in range(nodes))
+    return room.Cluster(each, network=network), shape

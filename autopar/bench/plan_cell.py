@@ -139,7 +139,7 @@ class Bench:
         found = intra.plan(self.graph, every, self.mesh, self.options(pins))
         if found.objective > most:
             raise Far(f"predicted to take {1e3 * found.objective:.2f} ms, {self.near:g} times the automatic")
-        row = self._compiled(name, variant, found, time.perf_counter() - start)
+        row = self.compiled(name, variant, found, time.perf_counter() - start)
         return replace(
             row,
             wire=predicted_wire(found),
@@ -150,7 +150,7 @@ class Bench:
 
     def written(self, expert: Expert, pins: Pins) -> Row:
         """Returns the row of an expert's layouts, everything else chosen by the partitioner."""
-        return self._compiled(expert.name, AS_WRITTEN, bare(self.graph, self.mesh, pins), 0.0)
+        return self.compiled(expert.name, AS_WRITTEN, bare(self.graph, self.mesh, pins), 0.0)
 
     def judge(self, expert: Expert, automatic: Row) -> Iterator[Row]:
         """Yields the expert's two rows.
@@ -166,7 +166,8 @@ class Bench:
         if not expert.rows:
             yield self.written(expert, pins)
 
-    def _compiled(self, name: str, variant: str, found: ShardingPlan, planning: float) -> Row:
+    def compiled(self, name: str, variant: str, found: ShardingPlan, planning: float) -> Row:
+        """Returns the row of a plan of this trace."""
         start = time.perf_counter()
         lowered = lower(self.traced, step_segment(self.graph), found, jax_mesh(self.mesh, self._devices))
         donated = tuple(sorted({i for _, i in self.graph.aliases}))

@@ -20,6 +20,7 @@ BENCHES = {
     "evaluate": "autopar.bench.evaluate:evaluate",
     "int8": "autopar.bench.int8:int8",
     "load-memory": "autopar.bench.load_memory:load_memory",
+    "memory": "autopar.bench.memory:memory",
     "plans": "autopar.bench.plans:plans",
     "simulation": "autopar.bench.simulation:simulation",
     "solver": "autopar_solver.bench:bench_command",
@@ -86,7 +87,7 @@ def main() -> None:
 @click.option(
     "--remat/--no-remat",
     default=None,
-    help="recompute activations; the default does if nothing fits otherwise",
+    help="recompute what layers keep for their backward pass; the default does if nothing fits otherwise",
 )
 @click.option(
     "--json", "json_path", metavar="FILE", help="write the plan as JSON; - prints it instead of the table"

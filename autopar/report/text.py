@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from autopar.core import spec as specs
+from autopar.core.graph import Remat
 from autopar.core.plan import Memory, Plan, Stage
 from autopar.report.tensors import groups
 from autopar.report.units import seconds, share, size
@@ -27,6 +28,8 @@ def plan_text(plan: Plan, tensors: int = 5) -> str:
     console.print("\n".join(_headline(plan)), markup=False)
     console.print(_stages(plan))
     console.print(_tensors(plan, tensors))
+    if plan.remat:
+        console.print(recomputed_text(plan), markup=False, soft_wrap=True)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
@@ -63,6 +66,16 @@ def layers_text(plan: Plan, stage: Stage) -> str:
     """Returns e.g. "Block_0 … Block_3 (4)"."""
     names = plan.layers[stage.start : stage.stop]
     return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})"
+
+
+def recomputed_text(plan: Plan) -> str:
+    """Returns e.g. "computed again in the backward pass: everything of Block_0, Block_1; …"."""
+    words = {Remat.PRODUCTS: "all but products", Remat.FULL: "everything"}
+    found = {remat: [name or "the step" for name, r in plan.remat if r is remat] for remat in words}
+    if len(plan.layers) == len(found[Remat.FULL]) > 1:
+        return "computed again in the backward pass: everything of every layer but what it reads"
+    parts = [f"{words[remat]} of {', '.join(names)}" for remat, names in found.items() if names]
+    return f"computed again in the backward pass: {'; '.join(parts)}"
 
 
 def memory_text(memory: Memory) -> str:

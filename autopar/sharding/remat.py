@@ -254,5 +254,7 @@ class Search:
         again = [f"{n}: {r}" for n, r in zip(self.names, taken) if r is not Remat.NONE][:MOST_SHOWN]
         words = f"recomputing {', '.join(again)}" if again else "recomputing nothing"
         return DoesNotFit(
-            f"nothing fits into {limit}; {why}; nearest is {words}: {errors[taken]}", errors[taken].missing
+            f"nothing fits into {limit}; {why}; nearest is {words}: {errors[taken]}; add devices, use more "
+            "micro-batches",
+            errors[taken].missing,
         )
