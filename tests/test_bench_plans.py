@@ -12,7 +12,7 @@ import pytest
 
 from autopar.bench.experts import Expert, experts, residual
 from autopar.bench.plan_cases import case, mesh_of
-from autopar.bench.plan_cell import Bench, Cell, Far, Row, keepable
+from autopar.bench.plan_cell import Bench, Cell, Row, keepable
 from autopar.bench.plan_jobs import Done, Job, Kept, cell_of, run
 from autopar.bench.plans import errors, summary, verdict
 from autopar.bench.score import Score
@@ -124,12 +124,12 @@ def test_judged_cells_are_kept(tmp_path):
 def test_a_cell_from_plan_to_compiled_program():
     b = bench("mlp")
     automatic = b.automatic()
-    rows = list(b.judge(Expert("data x × model y", ("x",), ("y",)), automatic))
+    grid, spread = Expert("data x × model y", ("x",), ("y",)), Expert("data parallel", ("x", "y"))
+    *rows, (far, why) = replace(b, near=1.0).judge((grid, spread))
+    assert far == "data parallel" and "times as long as the best" in why
     found = Cell("mlp", "2x4", "V100-16GB", automatic, tuple(rows), ())
     assert found.ratio <= 1.0 and {row.variant for row in rows} == {"as written", "rest planned"}
     wire, memory = errors(found)
     assert abs(wire) < 0.01 and abs(memory) < 0.1
     assert summary([found]).row_count == 1
     assert cell_of(json.loads(json.dumps(asdict(found)))) == found
-    with pytest.raises(Far, match=r"0\.1 times"):
-        list(replace(b, near=0.1).judge(Expert("data parallel", ("x", "y")), automatic))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +67,11 @@ class Row:
     status: str = ""
 
 
-class Far(Exception):
-    """An expert's plan is predicted to be much worse than the automatic one."""
+class Draft(NamedTuple):
+    """A plan, and the seconds that making it took."""
+
+    plan: ShardingPlan
+    planning: float
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ class Cell:
 class Bench:
     """A traced model on a mesh, ready to be planned and compiled in several ways.
 
-    near: an expert's plan is compiled only if it is predicted to take at most so many times the automatic
-    plan's seconds; 0: no expert is judged.
+    near: an expert's plan is compiled only if it is predicted to take at most so many times as long as the
+    best expert's; 0: no expert is judged.
     """
 
     case: Case
@@ -126,45 +129,51 @@ class Bench:
 
     def automatic(self) -> Row:
         """Returns the row of the planner's own plan."""
-        return self.planned("automatic", "", ())
+        return self.planned("automatic", "", self.draft(()))
 
-    def planned(self, name: str, variant: str, pins: Pins, most: float = math.inf) -> Row:
-        """Returns the row of the best plan with these layouts pinned.
-
-        Raises:
-            Far: when it is predicted to take more than `most` seconds.
-        """
+    def draft(self, pins: Pins) -> Draft:
+        """Returns the best plan with these layouts pinned. Raises PlanError."""
         start = time.perf_counter()
-        every = range(len(self.graph.equations))
-        found = intra.plan(self.graph, every, self.mesh, self.options(pins))
-        if found.objective > most:
-            raise Far(f"predicted to take {1e3 * found.objective:.2f} ms, {self.near:g} times the automatic")
-        row = self.compiled(name, variant, found, time.perf_counter() - start)
-        return replace(
-            row,
-            wire=predicted_wire(found),
-            peak=found.memory.peak,
-            seconds=found.objective,
-            status=found.status,
-        )
+        found = intra.plan(self.graph, range(len(self.graph.equations)), self.mesh, self.options(pins))
+        return Draft(found, time.perf_counter() - start)
 
-    def written(self, expert: Expert, pins: Pins) -> Row:
+    def planned(self, name: str, variant: str, draft: Draft) -> Row:
+        """Returns the row of a plan."""
+        found = draft.plan
+        row = self.compiled(name, variant, found, draft.planning)
+        predicted = {"wire": predicted_wire(found), "peak": found.memory.peak, "seconds": found.objective}
+        return replace(row, status=found.status, **predicted)
+
+    def written(self, expert: Expert) -> Row:
         """Returns the row of an expert's layouts, everything else chosen by the partitioner."""
-        return self.compiled(expert.name, AS_WRITTEN, bare(self.graph, self.mesh, pins), 0.0)
+        return self.compiled(expert.name, AS_WRITTEN, bare(self.graph, self.mesh, self.pins(expert)), 0.0)
 
-    def judge(self, expert: Expert, automatic: Row) -> Iterator[Row]:
-        """Yields the expert's two rows.
+    def pins(self, expert: Expert) -> Pins:
+        """Returns what an expert prescribes."""
+        return keepable(self.graph, self.mesh, expert.pins(self.graph, self.mesh, self.case))
 
-        Raises:
-            PlanError: the second cannot be planned; that it is too far off (`near`) ends both. Rows of images
-                are judged as written all the same: what the partitioner does with them is not predicted.
-        """
-        pins = keepable(self.graph, self.mesh, expert.pins(self.graph, self.mesh, self.case))
-        if expert.rows:
-            yield self.written(expert, pins)
-        yield self.planned(expert.name, COMPLETED, pins, self.near * (automatic.seconds or math.inf))
-        if not expert.rows:
-            yield self.written(expert, pins)
+    def judge(self, chosen: Sequence[Expert]) -> Iterator[Row | tuple[str, str]]:
+        """Yields the rows of experts, two for each; (name, why) for what is not judged."""
+        drafts: dict[Expert, Draft] = {}
+        for expert in chosen:
+            try:
+                drafts[expert] = self.draft(self.pins(expert))
+            except PlanError as error:
+                yield expert.name, str(error)
+        best = min((d.plan.objective for d in drafts.values()), default=math.inf)
+        for expert in chosen:
+            draft = drafts.get(expert)
+            if draft is not None and draft.plan.objective > self.near * best:
+                ratio = draft.plan.objective / best
+                yield expert.name, f"predicted to take {ratio:.2f} times as long as the best of them"
+                # what the partitioner does with rows of images is not predicted
+                draft, wanted = None, bool(expert.rows)
+            else:
+                wanted = True
+            if draft is not None:
+                yield self.planned(expert.name, COMPLETED, draft)
+            if wanted:
+                yield self.written(expert)
 
     def compiled(self, name: str, variant: str, found: ShardingPlan, planning: float) -> Row:
         """Returns the row of a plan of this trace."""
@@ -188,15 +197,10 @@ class Bench:
 def cell(bench: Bench, label: str) -> Cell:
     """Returns the comparison of a model's plans on a mesh, which is called `label`."""
     automatic = bench.automatic()
-    rows: list[Row] = []
-    failed: list[tuple[str, str]] = []
-    for expert in experts(bench.mesh, bench.case) if bench.near > 0 else ():
-        try:
-            for row in bench.judge(expert, automatic):
-                rows.append(row)  # one by one: a plan that fails leaves the other half
-        except (PlanError, Far) as error:
-            failed.append((expert.name, str(error)))
-    return Cell(bench.case.name, label, bench.mesh.device.name, automatic, tuple(rows), tuple(failed))
+    found = list(bench.judge(experts(bench.mesh, bench.case))) if bench.near > 0 else []
+    rows = tuple(row for row in found if isinstance(row, Row))
+    failed = tuple(row for row in found if not isinstance(row, Row))
+    return Cell(bench.case.name, label, bench.mesh.device.name, automatic, rows, failed)
 
 
 def step_segment(graph: Graph) -> Segment:

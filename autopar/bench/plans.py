@@ -42,7 +42,7 @@ DEVICES = ("V100-16GB", "A100-40GB")
 @click.option(
     "--near",
     type=click.FloatRange(0),
-    help="compile only experts predicted within this factor of the automatic plan (0: none; default: all)",
+    help="compile only experts predicted within this factor of the best of them (0: none; default: all)",
 )
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="cells at once")
 @click.option(
