@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from autopar.bench.int8 import compare, int8
 from autopar.io import gguf
 from autopar.io.huggingface import open_random
 from autopar.io.int8 import quantised
@@ -71,20 +73,13 @@ def test_an_untied_head_and_random_parameters():
 def test_a_real_models_loss_hardly_grows():
     plain = gguf.open_demo()
     text = (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text()[2000:6000]
-    ids = jnp.asarray(plain.load_tokenizer().encode(text).ids[:512])
+    ids = np.array(plain.load_tokenizer().encode(text).ids[:512])
+    before, after, agree = compare(plain, ids)
+    assert abs(after.loss - before.loss) < 0.02 * before.loss and agree > 0.95
+    assert after.nbytes < 0.5 * before.nbytes
 
-    def judged(checkpoint):
-        """Mean loss per token in nats, and the likeliest token at each place."""
-        params = read_all(checkpoint.weights, checkpoint.module.parameter_shapes(checkpoint.config))
-        logits = jax.jit(functools.partial(checkpoint.module.forward, checkpoint.config))(params, ids[None])[
-            0
-        ]
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), ids[1:, None], 1)
-        return -float(chosen.mean()), logits.argmax(-1)
 
-    (loss, tokens), (small_loss, small_tokens) = judged(plain), judged(quantised(plain))
-    agree = float((tokens == small_tokens).mean())
-    print(
-        f"loss {loss:.4f} nats a token, in int8 {small_loss:.4f}; the likeliest token agrees at {agree:.1%}"
-    )
-    assert abs(small_loss - loss) < 0.02 * loss and agree > 0.95
+def test_the_loss_is_printed():
+    result = CliRunner().invoke(int8, ["llama-tiny", "--weights", "random", "--tokens", "64"])
+    assert result.exit_code == 0, result.output
+    assert "weights in int8" in result.output and "perplexity" in result.output

@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import autopar
 from autopar.core.errors import BackendError, BadInput, DoesNotFit, UnknownName
+from autopar.io.huggingface import open_random
+from autopar.io.int8 import quantised
+from autopar.io.weights import read_all
+from autopar.runtime.cache import user_folder
 from autopar.serve import Buckets
 
 BUCKETS = Buckets(rows=(1, 4), new=(16,), blocks=(8,), tokens=64)
@@ -58,6 +65,32 @@ def test_uneven_stages_generate_the_same(alone):
         assert runner.groups == 3
         assert model.generate(PROMPTS, max_new_tokens=6) == alone.generate(PROMPTS, max_new_tokens=6)
         assert "3 stages" in str(model.plan) and model.plan_svg().lstrip().startswith("<?xml")
+
+
+def test_int8_weights_over_cut_and_uneven_stages_give_the_quantised_models_tokens():
+    small = quantised(open_random("opt-tiny"))
+    module, config = small.module, small.config
+    params = read_all(small.weights, module.parameter_shapes(config))
+    forward = jax.jit(lambda ids: module.forward(config, params, ids).argmax(-1))
+    with autopar.serve.load(
+        "opt-tiny", weights="random", quantise="int8", cluster="2xT4,1xV100-16GB", stages=2, buckets=BUCKETS,
+        tokens=512,
+    ) as model:  # fmt: skip
+        found = model.generate(PROMPTS, max_new_tokens=6)
+        assert str(model.plan).startswith("opt-tiny in int8 and float32")
+    for prompt, ids in zip(PROMPTS, found):
+        likeliest = forward(jnp.asarray([ids]))[0]
+        assert ids[len(prompt) :] == likeliest[len(prompt) - 1 : -1].tolist()
+    with pytest.raises(BadInput, match="int4"):
+        autopar.serve.load("opt-tiny", weights="random", quantise="int4")
+
+
+def test_compiled_programs_lie_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = user_folder()
+    assert folder.parent == tmp_path / "autopar" and folder == user_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # such are to be ignored (XDG base directories)
+    assert user_folder().is_relative_to(Path.home() / ".cache")
 
 
 def test_a_cluster_that_is_too_small_says_so(tmp_path):

@@ -11,7 +11,7 @@ from autopar.api.planning import make
 from autopar.api.serving import Programs, Served, Shape
 from autopar.core.errors import BadInput
 from autopar.serve.batch import StepBatch
-from autopar.serve.runner import Buckets, CompiledRunner, table_buckets
+from autopar.serve.runner import COPIES, Buckets, CompiledRunner, table_buckets
 from tests import paged
 
 CONFIG = paged.Config()
@@ -99,7 +99,8 @@ def test_copied_blocks_hold_what_the_others_held():
 
 
 def test_all_logits_agree_with_the_last_ones():
-    runner = runner_on("1xT4")
+    runner = runner_on("1xT4").compile()
+    compiled = set(runner.programs._known)
     tokens = np.array([PROMPTS[1][:16]], np.int32)
     batch = StepBatch(
         tokens, np.zeros(1, np.int32), np.array([11], np.int32), np.array([[1, 2, 0, 0]], np.int32)
@@ -111,6 +112,8 @@ def test_all_logits_agree_with_the_last_ones():
     assert all_of_them.greedy() == last.greedy()
     with pytest.raises(BadInput, match="every=True"):
         last.every()
+    assert set(runner.programs._known) == compiled, "all shapes were there before"
+    assert compiled == {*BUCKETS.shapes(), *BUCKETS.scoring(), *COPIES}
 
 
 def test_a_batch_beyond_the_buckets_is_refused():
