@@ -15,7 +15,7 @@ from autopar.api.cluster import Cluster
 from autopar.api.methods import Auto, CreateState, Follow, Manual, Method
 from autopar.api.plan import Plan
 from autopar.api.planning import Made, Say, make
-from autopar.api.tracing import Tracer
+from autopar.api.tracing import Tracer, known_traces
 from autopar.core.errors import BadInput
 from autopar.runtime import executable
 from autopar.runtime.backend import Backend
@@ -157,9 +157,10 @@ class Parallelized:
                     "and compiled again",
                     getattr(self.function, "__name__", "step"),
                 )
-            tracer = Tracer(
-                self.function, args, kwargs, self._static_argnums, self._static_argnames, self._batch_argnums
-            )
+            how = self._static_argnums, self._static_argnames, self._batch_argnums
+            weak = tuple(getattr(x, "weak_type", False) for x in jax.tree.leaves((args, kwargs)))
+            traces = known_traces(self.function, (key, weak, how))
+            tracer = Tracer(self.function, args, kwargs, *how, traces=traces)
             self._made[key] = make(tracer, self._cluster(), self.method, self._say)
         return self._made[key]
 

@@ -14,6 +14,7 @@ from autopar.core.graph import Graph, Phase, Value
 from autopar.core.mesh import Mesh
 from autopar.core.plan import Memory, ShardingPlan
 from autopar.core.spec import Spec, text
+from autopar.core.stopwatch import section
 from autopar.sharding.alike import share
 from autopar.sharding.assemble import Costs, assemble
 from autopar.sharding.build import Builder
@@ -73,9 +74,10 @@ class Setting:
 
         cautious: with what may have to be held while one operation runs (`memory.BY`).
         """
-        items = tuple(item for item in self.items if cautious or item.role != BY)
-        costs = assemble(self.model, self.grid, self.nbytes, items, price)
-        return share(costs) if self.options.share and len(costs.nodes) > DEEP else costs
+        with section("build"):
+            items = tuple(item for item in self.items if cautious or item.role != BY)
+            costs = assemble(self.model, self.grid, self.nbytes, items, price)
+            return share(costs) if self.options.share and len(costs.nodes) > DEEP else costs
 
     def memory(self, chosen: Sequence[int]) -> Memory:
         """Returns the memory a choice takes."""
@@ -220,6 +222,11 @@ def step_seconds(plan: ShardingPlan, microbatches: int) -> float:
 def prepare(region: Region, mesh: Mesh, options: Options) -> Setting:
     """Returns the choice model of a region (ids in `options.pinned` are the region's)."""
     check_options(options)
+    with section("build"):
+        return _built(region, mesh, options)
+
+
+def _built(region: Region, mesh: Mesh, options: Options) -> Setting:
     grid = grid_of(mesh)
     builder = Builder(region, grid, mesh.device, options)
     model = builder.build()

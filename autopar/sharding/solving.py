@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from autopar.core.stopwatch import section
 from autopar.sharding.assemble import Costs, Floats
 from autopar_solver import FORBIDDEN, ChoiceProblem, solve
 
@@ -37,7 +38,8 @@ def minimise(costs: Costs, limit: int | None, seconds: float, gap: float) -> Sol
         None if limit is None else usage_of(costs),
         limit,
     )
-    found = solve(problem, seconds=seconds, gap=gap, workers=1)
+    with section("solve"):
+        found = solve(problem, seconds=seconds, gap=gap, workers=1)
     if found.index is None or found.objective is None:
         return Solved(None, math.inf, math.inf, found.status)
     chosen = tuple(int(found.index[c]) for c in costs.classes)

@@ -76,8 +76,11 @@ class Strategy:
 
 
 class Ways(tuple[Strategy, ...]):
-    """The ways to run an operation. Equal operations share one object, so that what is asked of it is computed
-    once, and its columns can be told apart by identity."""
+    """The ways to run an operation.
+
+    Equal operations share one object: what is asked of it is computed once, and its columns keep their
+    identity.
+    """
 
     @functools.cached_property
     def operands(self) -> tuple[tuple[Layout, ...], ...]:

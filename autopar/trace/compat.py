@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
@@ -169,22 +170,40 @@ class Line:
 
 def line_of(equation: JaxprEqn) -> Line | None:
     """Returns the user's line that made an equation: the innermost one that lies in no library, else None."""
-    traceback = equation.source_info.traceback
+    traceback: Any = equation.source_info.traceback
     if traceback is None:
         return None
-    return innermost((f.file_name, f.line_num) for f in traceback.frames)
+    codes, offsets = traceback.raw_frames()  # much cheaper than the line of every frame
+    at = _innermost([code.co_filename for code in codes])
+    return (
+        None if at is None else Line(codes[at].co_filename, traceback.code_addr2line(codes[at], offsets[at]))
+    )
 
 
 def innermost(frames: Iterable[tuple[str, int]]) -> Line | None:
     """Returns the first of `frames` (innermost first) in the user's code, else the first outside of JAX."""
+    known = list(frames)
+    at = _innermost([file for file, _ in known])
+    return None if at is None else Line(*known[at])
+
+
+def _innermost(files: Sequence[str]) -> int | None:
     outside = None
-    for file, number in frames:
-        if file.startswith(("<", _OWN)) or f"{os.sep}jax{os.sep}_src{os.sep}" in file:
-            continue
-        if not file.startswith(_LIBRARIES):
-            return Line(file, number)
-        outside = outside or Line(file, number)
+    for i, file in enumerate(files):
+        origin = _origin(file)
+        if origin == "user":
+            return i
+        if origin == "library" and outside is None:
+            outside = i
     return outside
+
+
+@functools.cache
+def _origin(file: str) -> str:
+    """Says whose code a file is: "ours" (or JAX's), a "library"'s or the "user"'s."""
+    if file.startswith(("<", _OWN)) or f"{os.sep}jax{os.sep}_src{os.sep}" in file:
+        return "ours"
+    return "library" if file.startswith(_LIBRARIES) else "user"
 
 
 _OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep

@@ -8,7 +8,7 @@ from typing import Any
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
 
-from autopar.core.graph import Equation, Graph, Loop, Phase, Value
+from autopar.core.graph import Equation, Graph, Loop, Phase, Rule, Value
 from autopar.trace import compat, marks, work
 from autopar.trace.costly import costly
 from autopar.trace.flat import Builder, Flat, dce, flatten
@@ -25,12 +25,12 @@ def trace(flat: Flat, book: RuleBook, names: Mapping[Var, str] | None = None) ->
         names: tree paths of inputs and outputs.
     """
     flat = marks.complete_phases(flat)
-    book.learn(flat.equations)
+    rules = book.learn(flat.equations)
     scans = [(i, compat.scan_of(e)) for i, e in enumerate(flat.equations)]
     bodies = {i: trace(_without_literals(dce(flatten(s.body))), book) for i, s in scans if s is not None}
     ids = value_ids(flat)
     constants = {ids[v]: value for v, value in flat.constants}
-    graph = build(flat, {i: b.graph for i, b in bodies.items()}, book, names)
+    graph = build(flat, {i: b.graph for i, b in bodies.items()}, rules, names)
     notes = dict.fromkeys([*_notes(flat, book), *(n for b in bodies.values() for n in b.notes)])
     return Traced(graph, flat.equations, tuple(ids), constants, bodies, notes=tuple(notes))
 
@@ -52,14 +52,17 @@ def value_ids(flat: Flat) -> dict[Var, int]:
 
 
 def build(
-    flat: Flat, bodies: Mapping[int, Graph], book: RuleBook, names: Mapping[Var, str] | None = None
+    flat: Flat,
+    bodies: Mapping[int, Graph],
+    rules: Sequence[Rule | None],
+    names: Mapping[Var, str] | None = None,
 ) -> Graph:
     """Returns the graph of `flat`, whose marks all have a phase.
 
     Args:
         flat: the equations.
         bodies: index of each scan → graph of its body.
-        book: knows the rules of all equations.
+        rules: of all equations.
         names: tree paths of inputs and outputs.
     """
     ids = value_ids(flat)
@@ -67,8 +70,8 @@ def build(
     layers = marks.order(flat)
     lines: dict[int, str] = {}
     equations = []
-    for i, (equation, mark) in enumerate(zip(flat.equations, flat.marks)):
-        rule = book(equation)
+    position = {layer: k for k, layer in enumerate(layers)}
+    for i, (equation, mark, rule) in enumerate(zip(flat.equations, flat.marks, rules, strict=True)):
         equations.append(
             Equation(
                 op=equation.primitive.name,
@@ -78,7 +81,7 @@ def build(
                 kind=work.kind(equation, rule),
                 flops=work.flops(equation),
                 phase=mark.phase or Phase.FORWARD,
-                layer=None if mark.layer is None else layers.index(mark.layer),
+                layer=None if mark.layer is None else position[mark.layer],
                 source=_source(equation, lines),
                 loop=_loop(equation, bodies.get(i)),
                 costly=costly(equation),

@@ -34,23 +34,29 @@ class RuleBook:
 
     def __call__(self, equation: JaxprEqn) -> Rule | None:
         """Returns the rule of one equation, None when there is none (see `note`)."""
-        self.learn([equation])
-        return self._rules[signature(equation)]
+        key = signature(equation)
+        if key not in self._rules:
+            self.learn([equation])
+        return self._rules[key]
 
     def note(self, equation: JaxprEqn) -> str:
         """Returns why an equation has no rule, or "" when it has one."""
-        return self._notes.get(signature(equation), "")
+        return self._notes.get(signature(equation), "") if self._notes else ""
 
-    def learn(self, equations: Iterable[JaxprEqn]) -> None:
-        """Finds the rules of all equations that are not known yet, lowering them together in one module."""
+    def learn(self, equations: Iterable[JaxprEqn]) -> list[Rule | None]:
+        """Returns a rule per equation, None where there is none.
+
+        Those that are not known yet are lowered together, in one module.
+        """
         unknown: dict[Any, JaxprEqn] = {}
-        for equation in equations:
-            key = signature(equation)
+        keys = list(map(signature, equations := list(equations)))
+        for key, equation in zip(keys, equations):
             if key not in self._rules and key not in unknown:
                 unknown[key] = equation
         for key in [k for k, e in unknown.items() if e.primitive.name in STRUCTURED]:
             self._store(key, None, f"{unknown.pop(key).primitive.name} has no rule as a whole")
         self._ask(list(unknown.items()))
+        return [self._rules[key] for key in keys]
 
     def _ask(self, unknown: list[tuple[Any, JaxprEqn]]) -> None:
         if not unknown:
