@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +13,13 @@ from jax import lax
 from rich.console import Console
 from rich.table import Table
 
-from autopar import cluster as room
-from autopar.api.methods import ShardParallel
-from autopar.api.parallelize import parallelize
 from autopar.bench.calibrate import calibrate, seconds_of
+from autopar.bench.overhead import both, in_turns, one_device
 from autopar.cluster.submesh import inside
 from autopar.core.mesh import Device
-from autopar.models import catalog
 from autopar.sharding.options import Options
 from autopar.sharding.plan import plan
 from autopar.trace.capture import capture
-from autopar.trace.gradient import value_and_grad
 
 Operator = tuple[str, Callable[..., Any], tuple[tuple[int, ...], ...]]
 
@@ -108,24 +103,7 @@ def paired(found: Device, dtype: str, steps: int, small: bool) -> str:
         {"batch": 4, "sequence": 64} if small else {"batch": 8, "sequence": 1024, "hidden": 1024}
     )
     sizes |= {"layers": 4} if small else {"layers": 12, "heads": 16, "vocabulary": 32768}
-    ours, theirs = (
-        catalog.get("gpt-tiny", dtype=dtype, value_and_grad=g, **sizes)
-        for g in (value_and_grad, jax.value_and_grad)
-    )
-    cluster = room.Cluster((room.Node("here", found, 1),))
-    runs = [
-        parallelize(ours.step, method=ShardParallel(), cluster=cluster, donate=True),
-        jax.jit(theirs.step, donate_argnums=0),
-    ]
-    batch = theirs.make_batch(jax.random.key(1))
-    states = [theirs.init(jax.random.key(0)) for _ in runs]
-    times: list[list[float]] = [[], []]
-    for i in range(steps + 3):
-        for k in (0, 1) if i % 2 else (1, 0):
-            start = time.perf_counter()
-            states[k], loss = runs[k](states[k], batch)
-            jax.block_until_ready((states[k], loss))
-            times[k].append(time.perf_counter() - start)
-    ratio = statistics.median(a / b for a, b in zip(times[0][3:], times[1][3:], strict=True))
-    mine, jit = (1e3 * statistics.median(t[3:]) for t in times)
-    return f"GPT train step: parallelize {mine:.2f} ms, jax.jit {jit:.2f} ms, median of ratios {ratio:.3f}"
+    runs, init, batch = both("gpt-tiny", one_device(found), sizes | {"dtype": dtype})
+    row = in_turns("GPT", runs, init, batch, steps)
+    times = f"parallelize {1e3 * row.ours:.2f} ms, jax.jit {1e3 * row.jit:.2f} ms"
+    return f"GPT train step: {times}, median of ratios {row.ratio:.3f}"

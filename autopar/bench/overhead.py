@@ -1,0 +1,138 @@
+"""`autopar bench overhead`: a step through `parallelize` on one device beside `jax.jit`, run in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from autopar import cluster as room
+from autopar.api.methods import ShardParallel
+from autopar.api.parallelize import parallelize
+from autopar.models import catalog
+from autopar.trace.gradient import value_and_grad
+
+WARM = 5
+"""Steps of each that are not counted."""
+
+BLOCK = 200
+"""Calls of the small step between two looks at the clock."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Seconds of a step through `parallelize` and through `jax.jit`, and the median of the pairs' ratios."""
+
+    name: str
+    ours: float
+    jit: float
+    ratio: float
+
+
+def one_device(kind: Any = None) -> room.Cluster:
+    """Returns a cluster of one device, an A100 where `kind` says nothing else."""
+    return room.Cluster((room.Node("here", kind or room.device("A100-40GB"), 1),))
+
+
+def both(
+    name: str, cluster: room.Cluster, sizes: dict[str, Any]
+) -> tuple[tuple[Callable[..., Any], Callable[..., Any]], Any, Any]:
+    """Returns a model's step through `parallelize` and `jax.jit`, what makes its state, and a batch."""
+    ours, theirs = (
+        catalog.get(name, value_and_grad=g, **sizes) for g in (value_and_grad, jax.value_and_grad)
+    )
+    runs = (
+        parallelize(ours.step, method=ShardParallel(), cluster=cluster, donate=True),
+        jax.jit(theirs.step, donate_argnums=0),
+    )
+    batch = jax.block_until_ready(theirs.make_batch(jax.random.key(1)))
+    return runs, lambda: theirs.init(jax.random.key(0)), batch
+
+
+def in_turns(name: str, runs: Sequence[Callable[..., Any]], init: Any, batch: Any, steps: int) -> Paired:
+    """Returns how two steps `(state, batch) → (state, loss)` compare, run in turns, each waited for."""
+    states, times = [init() for _ in runs], [[0.0] * steps for _ in runs]
+    for i in range(-WARM, steps):
+        for k in (0, 1) if i % 2 else (1, 0):
+            start = time.perf_counter()
+            states[k], loss = runs[k](states[k], batch)
+            jax.block_until_ready((states[k], loss))
+            times[k][i] = time.perf_counter() - start  # those that warm up are written over
+    ours, jit = map(statistics.median, times)
+    return Paired(name, ours, jit, statistics.median(a / b for a, b in zip(*times, strict=True)))
+
+
+def per_call(leaves: int, blocks: int) -> tuple[float, float]:
+    """Returns the seconds of one call through `parallelize` and `jax.jit`, of a step with next to no work.
+
+    Args:
+        leaves: numbers in its state. blocks: of calls, taken in turns; the fastest counts.
+    """
+
+    def step(state: Any, batch: Any) -> Any:
+        return jax.tree.map(lambda x: x + 1.0, state), batch.sum()
+
+    def fresh() -> Any:
+        return {f"w{k:03}": jnp.zeros(()) for k in range(leaves)}
+
+    runs = (
+        parallelize(step, method=ShardParallel(), cluster=one_device(), donate=True),
+        jax.jit(step, donate_argnums=0),
+    )
+    batch, best = jnp.ones(4), [float("inf")] * 2
+    states = [fresh() for _ in runs]
+    for i in range(-1, blocks):
+        for k, run in enumerate(runs):
+            jax.block_until_ready(states[k])
+            start = time.perf_counter()
+            for _ in range(BLOCK):
+                states[k], _ = run(states[k], batch)
+            jax.block_until_ready(states[k])
+            took = (time.perf_counter() - start) / BLOCK
+            best[k] = best[k] if i < 0 else min(best[k], took)
+    return best[0], best[1]
+
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT": ("gpt-tiny", {"batch": 4, "sequence": 64, "layers": 4, "dtype": "float32"}),
+    "MLP": ("mlp", {"batch": 64, "dtype": "float32"}),
+}
+
+
+@click.command()
+@click.option(
+    "--steps", default=60, show_default=True, type=click.IntRange(min=WARM), help="pairs of each model"
+)
+@click.option(
+    "--blocks", default=10, show_default=True, type=click.IntRange(min=1), help="of the small steps"
+)
+def overhead(steps: int, blocks: int) -> None:
+    """Runs train steps on the first device through `parallelize` and `jax.jit`, in turns, and prints ratios.
+
+    Then the time of one call where there is next to nothing to compute: what Python costs, in microseconds.
+    """
+    console = Console(width=110)
+    table = Table("step", show_edge=False, pad_edge=False)
+    for column in ("parallelize ms", "jax.jit ms", "median of ratios", "wanted"):
+        table.add_column(column, justify="right")
+    for title, (name, sizes) in MODELS.items():
+        runs, init, batch = both(name, one_device(), sizes)
+        found = in_turns(title, runs, init, batch, steps)
+        table.add_row(
+            title, f"{1e3 * found.ours:.3f}", f"{1e3 * found.jit:.3f}", f"{found.ratio:.3f}", "≤ 1.02"
+        )
+    console.print(table)
+    for leaves in (1, 16, 256):
+        ours, jit = (1e6 * x for x in per_call(leaves, blocks))
+        console.print(
+            f"a call with {leaves} numbers of state: parallelize {ours:.1f} µs, jax.jit {jit:.1f} µs, "
+            f"{ours - jit:+.1f} µs"
+        )
