@@ -72,6 +72,27 @@ class Driver:
         return np.asarray(logits)[: len(rows)]
 
 
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
+def test_a_window_beside_the_pool_gives_the_same_and_both_go_on(name):
+    driver = Driver(name)
+    prompts = [(0, 0, 6), (1, 0, 3), (2, 0, 8)]
+    driver.step(prompts, 8)
+    tables = np.concatenate([driver.tables, np.zeros((1, 5), int)])
+    held = np.array([6, 3, 8, 0], np.int32)
+    window = driver.family.rows_of(driver.cache, jnp.asarray(tables), jnp.asarray(held))
+    for at in range(3):
+        tokens = np.array([[driver.tokens[s, n + at]] for s, _, n in prompts] + [[0]], np.int32)
+        places = np.where(held > 0, held + at, 0)
+        batch = map(jnp.asarray, (tokens, places, np.sign(held), tables))
+        beside = tuple(map(driver.family.Windowed, driver.cache, window))
+        logits, beside = driver.run(driver.params, beside, *batch)
+        want = np.stack([driver.want[s, n + at] for s, _, n in prompts])
+        np.testing.assert_allclose(logits[:3], want, rtol=2e-4, atol=2e-4)
+        driver.cache, window = zip(*beside)
+    again = driver.step([(s, n + 3, 1) for s, _, n in prompts], 1)  # the pool has what the window has
+    np.testing.assert_allclose(again, driver.want[[0, 1, 2], [9, 6, 11]], rtol=2e-4, atol=2e-4)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_mixed_steps_equal_forward(name):
     driver = Driver(name)

@@ -39,7 +39,11 @@ Array = Any
 
 
 class Family(Protocol):
-    """What a module of `autopar.models` gives a served model (e.g. `autopar.models.opt`)."""
+    """What a module of `autopar.models` gives a served model (e.g. `autopar.models.opt`).
+
+    One whose steps can go on from a window also has `Windowed`, which pairs a layer's cache and window for
+    `step`, and `rows_of(cache, tables, held)`, which makes the window of rows.
+    """
 
     def parameter_shapes(self, config: Any) -> Any: ...
 
@@ -68,12 +72,14 @@ class Shape(NamedTuple):
     """Sizes of a step: rows of sequences, new tokens in each, KV blocks in each row's table.
 
     every: it gives the logits of all new tokens, not only of each row's last.
+    window: it goes on from a window, a copy of what its rows hold, beside the cache.
     """
 
     rows: int
     new: int
     blocks: int
     every: bool = False
+    window: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,27 @@ class Served:
         """Bytes of one cache block, all layers together."""
         return _bytes(self.cache) // self.blocks
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether the model's steps can go on from windows."""
+        return hasattr(self.family, "Windowed") and hasattr(self.family, "rows_of")
+
+    def window(self, shape: Shape) -> Any:
+        """Returns the shapes of the window of a step's rows: a cache that has one long block per row."""
+        return self.family.cache_shapes(self.config, shape.rows, shape.blocks * self.block_size, self.dtype)
+
+    def window_step(self) -> Callable[..., Any]:
+        """Returns `(params, cache, window, batch) -> (results, cache, window)`, results as of `step`."""
+        family: Any = self.family
+
+        def step(params: Any, cache: Any, window: Any, batch: tuple[Array, ...]) -> tuple[Any, Any, Any]:
+            layers = tuple(map(family.Windowed, cache, window))
+            logits, layers = family.step(self.config, params, layers, *batch)
+            cache, window = zip(*layers)
+            return (likeliest(logits), logits), cache, window
+
+        return step
+
     def step(self, every: bool) -> Callable[..., Any]:
         """Returns `(params, cache, batch) -> (results, cache)`; results: likeliest tokens and logits, or
         all logits.
@@ -133,7 +160,11 @@ class Served:
             ints(shape.rows),
             ints(shape.rows, shape.blocks),
         )
-        return Tracer(self.step(shape.every), (self.parameters, self.cache, batch), {}, batch_argnums=(2,))
+        state = (self.parameters, self.cache)
+        if shape.window:
+            window = self.window(shape)
+            return Tracer(self.window_step(), (*state, window, batch), {}, batch_argnums=(3,))
+        return Tracer(self.step(shape.every), (*state, batch), {}, batch_argnums=(2,))
 
     def copier(self, count: int) -> Tracer:
         """Returns the tracer of a step that copies so many cache blocks: `(cache, (from, to)) -> cache`."""
@@ -385,4 +416,6 @@ def text(key: Shape | int) -> str:
     if not isinstance(key, Shape):
         return f"the copying of {key} blocks"
     words = f"steps of {key.rows} × {key.new} tokens over {key.blocks} blocks"
+    if key.window:
+        return f"{words} in a window"
     return f"{words}, all logits" if key.every else words

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from autopar.models.decoder import check_length
-from autopar.models.layers import LayerNorm, cross_entropy
+from autopar.models.layers import LayerNorm, cross_entropy, exact_gelu
 from autopar.models.transformer import Style, TransformerConfig, run_blocks
 
 Array = jax.Array
@@ -63,7 +63,7 @@ class BERT(nn.Module):
         x = run_blocks(c, STYLE, x, deterministic)
         if where is not None:
             x = jnp.take_along_axis(x, where[..., None], axis=1, mode="clip")
-        x = nn.gelu(nn.Dense(c.hidden, name="head", **c.kinds)(x), approximate=not STYLE.exact_gelu)
+        x = exact_gelu(nn.Dense(c.hidden, name="head", **c.kinds)(x))
         x = LayerNorm(name="norm_head", epsilon=STYLE.epsilon, **c.kinds)(x)
         bias = self.param("bias", nn.initializers.zeros, (c.vocabulary,), c.param_dtype)
         return embedding.attend(x) + bias.astype(c.dtype)

@@ -20,9 +20,20 @@ from autopar.models.decoder import (
     take,
 )
 from autopar.models.int8 import int8_shapes
-from autopar.models.paged import LayerCache, alibi_slopes, cache_shapes, copy_blocks
+from autopar.models.paged import LayerCache, Windowed, alibi_slopes, cache_shapes, copy_blocks, rows_of
 
-__all__ = ["Config", "cache_shapes", "copy_blocks", "forward", "init", "loss", "parameter_shapes", "step"]
+__all__ = [
+    "Config",
+    "Windowed",
+    "cache_shapes",
+    "copy_blocks",
+    "forward",
+    "init",
+    "loss",
+    "parameter_shapes",
+    "rows_of",
+    "step",
+]
 
 Array = jax.Array
 

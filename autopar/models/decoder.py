@@ -16,11 +16,11 @@ import jax.numpy as jnp
 
 from autopar.core.errors import BadInput
 from autopar.models.layers import cross_entropy
-from autopar.models.paged import Cache, LayerCache, Slots, attention, causal, slots
+from autopar.models.paged import Cache, LayerCache, Slots, Windowed, attention, causal, slots
 
 Array = jax.Array
 Params = dict[str, Any]
-Mix = Callable[..., tuple[Array, LayerCache | None]]
+Mix = Callable[..., tuple[Array, Any]]
 """`mix(query, key, value, slopes=None)`: attention, and a layer's cache with the new keys and values."""
 
 
@@ -40,7 +40,7 @@ class Decoder(NamedTuple):
 
     parameter_shapes: Callable[[Any], Params]
     embed: Callable[..., Array]
-    block: Callable[..., tuple[Array, LayerCache | None]]
+    block: Callable[..., tuple[Array, Any]]
     head: Callable[..., Array]
 
     def init(self, config: Any, key: Array) -> Params:
@@ -84,6 +84,8 @@ class Decoder(NamedTuple):
 
         Args:
             cache: pools as in `cache_shapes`; what a row's blocks hold from its position on is ignored.
+                Or a `Windowed` per layer; a window's rows are those of the step, its tables those of
+                the pool beside it.
             tokens: int32 `[rows, new]`.
             positions: int32 `[rows]`, index of each row's first new token in its sequence.
             lengths: int32 `[rows]`, how many of a row's new tokens are real, 0 for a row that is padding.
@@ -99,8 +101,8 @@ class Decoder(NamedTuple):
 
         @jax.jit  # traced once for all layers: a deep model is planned several times sooner
         def block(
-            params: Params, x: Array, layer: LayerCache, where: Slots
-        ) -> tuple[Array, LayerCache | None]:
+            params: Params, x: Array, layer: LayerCache | Windowed, where: Slots
+        ) -> tuple[Array, LayerCache | Windowed | None]:
             return self.block(config, params, x, where.positions, _Paged(layer, where))
 
         layers = []
@@ -119,10 +121,10 @@ class Decoder(NamedTuple):
 class _Paged(NamedTuple):
     """The `Mix` of one layer of a step."""
 
-    cache: LayerCache
+    cache: LayerCache | Windowed
     where: Slots
 
-    def __call__(self, *args: Any, **more: Any) -> tuple[Array, LayerCache]:
+    def __call__(self, *args: Any, **more: Any) -> tuple[Array, LayerCache | Windowed]:
         return attention(self.cache, self.where, *args, **more)
 
 

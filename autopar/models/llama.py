@@ -16,10 +16,21 @@ from autopar.core.errors import BadInput
 from autopar.models import decoder
 from autopar.models.decoder import Mix, Params, linear, product, rms_norm, take
 from autopar.models.int8 import int8_shapes
-from autopar.models.paged import LayerCache, cache_shapes, copy_blocks
+from autopar.models.paged import LayerCache, Windowed, cache_shapes, copy_blocks, rows_of
 from autopar.models.rope import Rope, rotate
 
-__all__ = ["Config", "cache_shapes", "copy_blocks", "forward", "init", "loss", "parameter_shapes", "step"]
+__all__ = [
+    "Config",
+    "Windowed",
+    "cache_shapes",
+    "copy_blocks",
+    "forward",
+    "init",
+    "loss",
+    "parameter_shapes",
+    "rows_of",
+    "step",
+]
 
 Array = jax.Array
 PLAIN = Rope()

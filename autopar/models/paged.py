@@ -41,6 +41,21 @@ class LayerCache(NamedTuple):
 Cache = tuple[LayerCache, ...]
 
 
+class Windowed(NamedTuple):
+    """A layer's cache, and beside it what the rows of a step hold, as a cache that has one block per row.
+
+    Decode steps of the same rows follow each other. A window is read as it lies, where the blocks of a pool
+    are gathered anew at every step, which is three times the memory traffic. What is new goes to both.
+
+    Attributes:
+        pool: of all sequences.
+        window: `[rows, kv_heads, time, head_size]` each, zero where nothing was written.
+    """
+
+    pool: LayerCache
+    window: LayerCache
+
+
 class Slots(NamedTuple):
     """Where a step's new tokens are; the same for all layers.
 
@@ -81,9 +96,25 @@ def copy_blocks(cache: Cache, source: Array, target: Array) -> Cache:
     return jax.tree.map(lambda pool: pool.at[target].set(pool.at[source].get(mode="clip")), cache)
 
 
-def slots(cache: Cache, tokens: Array, positions: Array, lengths: Array, tables: Array) -> Slots:
+def rows_of(cache: Cache, tables: Array, held: Array) -> Cache:
+    """Returns the window of rows, `[rows, kv_heads, blocks · block_size, head_size]` a leaf.
+
+    Args:
+        tables: as in `Slots`. held: int32 `[rows]`, tokens whose keys and values the blocks hold.
+    """
+
+    def window(pool: Array) -> Array:
+        return _until(_read(pool, tables), held)
+
+    return jax.tree.map(window, cache)
+
+
+def slots(
+    cache: Cache | tuple[Windowed, ...], tokens: Array, positions: Array, lengths: Array, tables: Array
+) -> Slots:
     """Returns where the new tokens of a step are; arguments as in `step` of each model."""
-    block_size = cache[0].key.shape[2]
+    pool = cache[0].pool if isinstance(cache[0], Windowed) else cache[0]
+    block_size = pool.key.shape[2]
     index = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
     at = positions[:, None] + index
     entry = jnp.minimum(at // block_size, tables.shape[1] - 1)
@@ -94,8 +125,13 @@ def slots(cache: Cache, tokens: Array, positions: Array, lengths: Array, tables:
 
 
 def attention(
-    cache: LayerCache, where: Slots, query: Array, key: Array, value: Array, slopes: np.ndarray | None = None
-) -> tuple[Array, LayerCache]:
+    cache: LayerCache | Windowed,
+    where: Slots,
+    query: Array,
+    key: Array,
+    value: Array,
+    slopes: np.ndarray | None = None,
+) -> tuple[Array, LayerCache | Windowed]:
     """Returns what the new tokens gather from their sequences, and the cache with them in it.
 
     Args:
@@ -105,12 +141,15 @@ def attention(
     Returns:
         `[rows, new, heads, head_size]` in the query's dtype, and the new cache.
     """
+    if isinstance(cache, Windowed):
+        pool, window = cache
+        pool = LayerCache(_write(pool.key, where, key), _write(pool.value, where, value))
+        window = LayerCache(_write_row(window.key, where, key), _write_row(window.value, where, value))
+        return attend(query, *window, where.positions, slopes), Windowed(pool, window)
     cache = LayerCache(_write(cache.key, where, key), _write(cache.value, where, value))
     keys, values = _read(cache.key, where.tables), _read(cache.value, where.tables)
     # A weight of zero does not hide a NaN: what blocks hold from other sequences must not be multiplied.
-    time = jax.lax.broadcasted_iota(jnp.int32, values.shape, 2)
-    values = jnp.where(time < where.ends[:, None, None, None], values, 0)
-    return attend(query, keys, values, where.positions, slopes), cache
+    return attend(query, keys, _until(values, where.ends), where.positions, slopes), cache
 
 
 def attend(
@@ -140,6 +179,17 @@ def attend(
 
 def _write(pool: Array, where: Slots, new: Array) -> Array:
     return pool.at[where.blocks, :, where.offsets].set(new.astype(pool.dtype))
+
+
+def _write_row(window: Array, where: Slots, new: Array) -> Array:
+    rows = jax.lax.broadcasted_iota(jnp.int32, where.positions.shape, 0)
+    return window.at[rows, :, where.positions].set(new.astype(window.dtype))
+
+
+def _until(rows: Array, ends: Array) -> Array:
+    """Returns the keys or values of rows with zeros from each row's end on."""
+    time = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 2)
+    return jnp.where(time < ends[:, None, None, None], rows, 0)
 
 
 def _read(pool: Array, tables: Array) -> Array:

@@ -132,6 +132,10 @@ class InProcessSession:
             made = fill(self.slot(stage, buffer), self.sharding(stage, buffer), read)
             self.interpreters[stage].load({buffer: made})
 
+    def drop(self, stage: int, buffers: Sequence[Buffer]) -> None:
+        """Lets go of what buffers of this program alone hold; they must be loaded again before a step."""
+        self.interpreters[stage].load(dict.fromkeys(buffers))
+
     def step(self, feeds: Sequence[Mapping[Buffer, Array]]) -> None:
         self._take()
         self._feed(feeds)

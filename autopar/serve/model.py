@@ -36,6 +36,9 @@ LONGEST = 2048
 HOST_TOKENS = 16384
 """Tokens that the cache holds on host devices: their memory is the machine's, which others use too."""
 
+WINDOW = 4
+"""What part of the cache's size a window of decode steps may have on host devices, one in so many."""
+
 SPARE = 0.03
 """Share of the cache's blocks that is left out on real devices, for what the plan cannot know."""
 
@@ -112,6 +115,7 @@ def load(
     setup = Setup(
         replace(served, blocks=blocks), made, where, backend, checkpoint.weights,
         buckets or Buckets(blocks=table_buckets(longest, BLOCK_SIZE, fine)), longest, behind,
+        blocks * BLOCK_SIZE // WINDOW if host else 0,
     )  # fmt: skip
     return Model(checkpoint, setup, chat_template, options or EngineOptions(), say)
 
@@ -134,6 +138,7 @@ class Setup:
         cluster, backend: what it was planned for, who runs it. weights: where parameters come from.
         buckets: shapes of steps. longest: tokens of a sequence.
         behind: whether shapes that are not needed to begin with are compiled while it serves.
+        window: tokens that a window of decode steps may hold beside the cache.
     """
 
     served: Served
@@ -144,6 +149,7 @@ class Setup:
     buckets: Buckets
     longest: int
     behind: bool = True
+    window: int = 0
 
     def runner(self, say: Say) -> CompiledRunner:
         """Returns a runner with everything compiled and loaded."""
@@ -155,7 +161,9 @@ class Setup:
             programs.place(self.weights)
             programs.adopt(first)
             config = self.served.config
-            runner = CompiledRunner(programs, self.buckets, config.vocabulary, self.longest)
+            runner = CompiledRunner(
+                programs, self.buckets, config.vocabulary, self.longest, window=self.window
+            )
             here = isinstance(self.backend, InProcess)  # a worker that compiles does not serve meanwhile
             return runner.compile(say, behind=here and self.behind, threads=2 if here else 1)
         except BaseException:

@@ -13,6 +13,7 @@ import numpy as np
 from autopar.api.serving import Loaded, Programs, Shape, text
 from autopar.core.errors import BadInput
 from autopar.serve.batch import SCRATCH, Ints, StepBatch
+from autopar.serve.window import Windows
 
 COPIES = (1, 8, 64)
 """Numbers of blocks that one copying step moves."""
@@ -48,9 +49,7 @@ class Buckets:
     def shapes(self) -> tuple[Shape, ...]:
         """Returns all shapes, from small to large."""
         decode = [Shape(rows, 1, blocks) for blocks in self.blocks for rows in self.rows]
-        prefill = [
-            Shape(r, new, b) for b in self.blocks[-2:] for new in self.new for r in self.prefill_rows(new)
-        ]
+        prefill = [Shape(r, new, b) for b in self.blocks for new in self.new for r in self.prefill_rows(new)]
         return tuple(sorted((*decode, *prefill), key=lambda s: (s.rows * s.new, s.blocks)))
 
     def scoring(self) -> tuple[Shape, ...]:
@@ -78,6 +77,7 @@ class CompiledRunner:
         buckets: the shapes there are.
         vocabulary, max_length: of the model.
         groups: steps that may be in flight at once; None: one per stage.
+        window: tokens that a window of decode steps may hold beside the cache (see `serve.window`).
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class CompiledRunner:
         vocabulary: int,
         max_length: int,
         groups: int | None = None,
+        window: int = 0,
     ):
         self.programs, self.buckets = programs, buckets
         self.vocabulary = vocabulary
@@ -97,6 +98,7 @@ class CompiledRunner:
         self.row_buckets, self.table_buckets = buckets.rows, buckets.blocks
         self.new_buckets = (1, *buckets.new)
         self.max_tokens = buckets.tokens
+        self._windows = Windows(programs, window, self.block_size)
         self._ready: list[Shape] = []
         self._chosen: dict[Shape, tuple[Loaded, Shape]] = {}
         self._behind: threading.Thread | None = None
@@ -113,7 +115,8 @@ class CompiledRunner:
                 hold it with less padding, in a thread.
             threads: how many compile.
         """
-        first, others = self.buckets.covering(), (*self.buckets.shapes(), *self.buckets.scoring())
+        first, shapes = self.buckets.covering(), self.buckets.shapes()
+        others = *shapes, *self._windows.shapes(shapes), *self.buckets.scoring()
         first, others = [*first, *COPIES], [shape for shape in others if shape not in first]
         self._compile(first if behind else [*first, *others], say, threads)
         if behind:
@@ -135,7 +138,9 @@ class CompiledRunner:
                 return
             self.programs.compiled(key)
             say(f"{next(count)} of {len(keys)} compiled: {text(key)}")
-            if isinstance(key, Shape):
+            if isinstance(key, Shape) and key.window:
+                self._windows.add(key)
+            elif isinstance(key, Shape):
                 self._ready = sorted({*self._ready, key}, key=lambda s: (s.rows * s.new, s.blocks))
                 self._chosen = {}
 
@@ -150,11 +155,14 @@ class CompiledRunner:
         """
         rows, new = batch.tokens.shape
         loaded, shape = self._loaded(Shape(rows, new, batch.tables.shape[1], every))
-        loaded(_padded(batch, shape))
+        arrays = _padded(batch, shape)
+        loaded = self._windows.step(shape, arrays) or loaded
+        loaded(arrays)
         return Results(loaded, batch, every)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies KV blocks, (from, to) each, before the next step."""
+        self._windows.forget()
         left = list(pairs)
         while left:
             size = next((n for n in COPIES if n >= len(left)), COPIES[-1])

@@ -1,0 +1,94 @@
+"""Which decode steps go on from a window: those whose rows are the ones of the step before, one token on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from autopar.api.serving import Loaded, Programs, Shape
+from autopar.api.windows import Window
+from autopar.serve.batch import SCRATCH, Ints
+
+
+class _Rows(NamedTuple):
+    """What a decode step did: where its rows were."""
+
+    shape: Shape
+    positions: Ints
+    lengths: Ints
+    tables: Ints
+
+    def lead_to(self, now: _Rows) -> bool:
+        """Whether another step goes on with the same rows; tables may have grown.
+
+        What counts is the blocks, not whose they are: a row of the same blocks has the same keys and values,
+        as long as nothing but these steps wrote to the cache.
+        """
+        return (
+            self.shape == now.shape
+            and np.array_equal(self.lengths, now.lengths)
+            and np.array_equal(self.positions + self.lengths, now.positions)
+            and bool(np.all((self.tables == now.tables) | (self.tables == SCRATCH)))
+        )
+
+
+class Windows:
+    """Chooses between a step that gathers blocks and the one that goes on from a window of its rows.
+
+    The first step of a group of rows gathers, the second fills a window, those that follow go on from it.
+    There is one window at a time.
+
+    Args:
+        programs: of the model.
+        tokens: that a window may hold, all rows together; 0: no windows.
+        block_size: tokens in a KV block.
+    """
+
+    def __init__(self, programs: Programs, tokens: int, block_size: int):
+        self._programs, self._block_size = programs, block_size
+        local = getattr(programs.base.session, "local", False)
+        one = len(programs.base.made.plan.stages) == 1  # groups of rows take turns on several
+        self._tokens = tokens if local and one and programs.served.has_windows else 0
+        self._compiled: dict[Shape, Window] = {}
+        self._last: _Rows | None = None
+        self._held: Window | None = None
+        self._current = False  # whether what is held is what the last step left
+
+    def shapes(self, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+        """Returns the steps in windows that go with those of these shapes."""
+        return tuple(
+            shape._replace(window=True)
+            for shape in shapes
+            if shape.new == 1 and shape.rows * shape.blocks * self._block_size <= self._tokens
+        )
+
+    def add(self, shape: Shape) -> None:
+        """Notes that the step in a window of this shape has been compiled."""
+        self._compiled[shape] = Window(self._programs, shape)
+
+    def forget(self) -> None:
+        """Notes that something else writes to the cache."""
+        self._last, self._current = None, False
+
+    def step(self, shape: Shape, arrays: tuple[Ints, Ints, Ints, Ints]) -> Loaded | None:
+        """Returns the step that goes on from a window with this batch, None if none does.
+
+        Args:
+            shape: of the compiled step that the batch's arrays were padded for.
+        """
+        if shape.new != 1 or not self._tokens:
+            self.forget()
+            return None
+        _, positions, lengths, tables = arrays
+        last, self._last = self._last, _Rows(shape, positions, lengths, tables)
+        window = self._compiled.get(shape._replace(window=True))
+        if window is None or last is None or not last.lead_to(self._last):
+            self._current = False
+            return None
+        if not self._current:
+            if self._held is not None:
+                self._held.leave()
+            window.enter(tables, positions)
+            self._held, self._current = window, True
+        return window.loaded

@@ -1,0 +1,124 @@
+"""Windows of decode steps: the same tokens as the whole model's, whoever else writes to the cache between."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import autopar
+from autopar.api.serving import Shape
+from autopar.io.huggingface import open_random
+from autopar.io.weights import read_all
+from autopar.serve import Buckets
+from autopar.serve.batch import StepBatch
+from autopar.serve.window import _Rows
+
+BUCKETS = Buckets(rows=(2,), new=(16,), blocks=(3,), tokens=32)
+PROMPTS = [list(map(int, np.random.default_rng(3).integers(0, 256, n))) for n in (5, 14, 9)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    changes = {"weights": "random", "buckets": BUCKETS, "tokens": 512, "max_length": 48, "behind": False}
+    with autopar.serve.load("opt-tiny", **changes) as model:
+        yield model
+
+
+@functools.cache
+def forward():
+    found = open_random("opt-tiny")
+    module, config = found.module, found.config
+    params = read_all(found.weights, module.parameter_shapes(config))
+    return jax.jit(lambda ids: module.forward(config, params, ids)[0].argmax(-1))
+
+
+def following(ids: list[int], count: int) -> list[int]:
+    """What the whole model says comes next, token by token."""
+    for _ in range(count):
+        padded = jnp.asarray([[*ids, *[0] * (48 - len(ids))]])
+        ids = [*ids, int(forward()(padded)[len(ids) - 1])]
+    return ids[-count:]
+
+
+class Driver:
+    """Two rows of sequences on a runner, by hand."""
+
+    def __init__(self, runner):
+        self.runner, self.windowed = runner, 0
+        self.ids: list[list[int]] = [[], []]
+        self.tables = np.array([[1, 2, 3], [4, 5, 6]], np.int32)
+
+    def prefill(self, row: int, prompt: list[int], table: list[int] | None = None) -> None:
+        self.tables[row] = self.tables[row] if table is None else table
+        tokens = np.zeros((1, 16), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        at = np.zeros(1, np.int32), np.array([len(prompt)], np.int32)
+        found = self.runner.run(StepBatch(tokens, *at, self.tables[row : row + 1])).greedy()
+        self.ids[row] = [*prompt, int(found[0])]
+
+    def decode(self, count: int) -> None:
+        for _ in range(count):
+            tokens = np.array([ids[-1:] for ids in self.ids], np.int32)
+            at = np.array([len(ids) - 1 for ids in self.ids], np.int32)
+            found = self.runner.run(StepBatch(tokens, at, np.ones(2, np.int32), self.tables)).greedy()
+            self.windowed += self.runner._windows._current
+            for ids, token in zip(self.ids, found):
+                ids.append(int(token))
+
+    def check(self, *prompts: list[int]) -> None:
+        for ids, prompt in zip(self.ids, prompts, strict=True):
+            assert ids[len(prompt) :] == following(prompt, len(ids) - len(prompt))
+
+
+def test_rows_that_go_on_do_so_in_a_window(model):
+    driver = Driver(model._runner)
+    driver.prefill(0, PROMPTS[0])
+    driver.prefill(1, PROMPTS[1])
+    driver.decode(8)
+    assert driver.windowed == 7, "all but the first"
+    driver.check(PROMPTS[0], PROMPTS[1])
+
+
+def test_a_prompt_in_the_same_blocks_at_the_next_position_is_not_taken_for_the_old_row(model):
+    driver = Driver(model._runner)
+    driver.prefill(0, PROMPTS[0])
+    driver.prefill(1, PROMPTS[1])
+    driver.decode(3)
+    later = list(map(int, np.random.default_rng(4).integers(0, 256, len(driver.ids[0]) - 1)))
+    driver.prefill(0, later)  # as many tokens as the old row would have now
+    driver.decode(4)
+    driver.check(later, PROMPTS[1])
+    assert driver.windowed == 2 + 3
+
+
+def test_copied_blocks_are_seen_and_the_cache_is_complete(model):
+    driver = Driver(model._runner)
+    driver.prefill(0, PROMPTS[2])
+    driver.prefill(1, PROMPTS[1])
+    driver.decode(3)
+    driver.runner.copy([(1, 9)])  # written in a window, read from the cache
+    driver.tables[0, 0] = 9
+    driver.decode(3)
+    driver.check(PROMPTS[2], PROMPTS[1])
+
+
+def test_requests_that_come_and_go_keep_their_tokens(model):
+    together = model.generate(PROMPTS, max_new_tokens=10)
+    for prompt, ids in zip(PROMPTS, together):
+        assert ids[len(prompt) :] == following(prompt, 10)
+
+
+def test_other_rows_positions_or_blocks_do_not_follow():
+    shape, one = Shape(2, 1, 3), np.ones(2, np.int32)
+    at, tables = np.array([4, 7], np.int32), np.array([[1, 2, 0], [3, 0, 0]], np.int32)
+    last = _Rows(shape, at, one, tables)
+    grown = np.array([[1, 2, 9], [3, 8, 0]], np.int32)
+    assert last.lead_to(_Rows(shape, at + 1, one, tables)) and last.lead_to(_Rows(shape, at + 1, one, grown))
+    assert not last.lead_to(_Rows(shape, at, one, tables))
+    assert not last.lead_to(_Rows(shape._replace(blocks=4), at + 1, one, tables))
+    assert not last.lead_to(_Rows(shape, at + 1, np.array([1, 0], np.int32), tables))
+    assert not last.lead_to(_Rows(shape, at + 1, one, tables[::-1]))
