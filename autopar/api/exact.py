@@ -12,6 +12,7 @@ from autopar.core.graph import Graph, Remat
 from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
 from autopar.core.spec import Spec
+from autopar.core.stopwatch import section
 from autopar.program import emit, schedule, simulate
 from autopar.sharding import plan as intra
 from autopar.sharding.options import Options
@@ -64,6 +65,7 @@ def timed(plan: nouns.Plan, cluster: Cluster, remat: Remats, layer_scans: bool) 
     taken = ((layer, ways(remat, layer)[0]) for layer in plan.layers or ("",))
     again = tuple(each for each in taken if each[1] is not Remat.NONE)
     plan = replace(plan, cluster=str(cluster), remat=again, layer_scans=layer_scans)
-    program = emit(plan, schedule(plan.schedule, len(plan.stages), plan.microbatches))
-    line = simulate(plan, program)
+    with section("emit"):
+        program = emit(plan, schedule(plan.schedule, len(plan.stages), plan.microbatches))
+        line = simulate(plan, program)
     return plan.with_timing(line.step_time, line.bubble)

@@ -28,23 +28,12 @@ from autopar.core.errors import DoesNotFit, MixedExamples, StalePlan
 from autopar.core.graph import Graph, Remat
 from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
-<<<<<<< HEAD
-=======
-from autopar.core.spec import Spec
-from autopar.core.stopwatch import section
-from autopar.program import emit, schedule, simulate
-from autopar.sharding import pins
->>>>>>> d5a3564 (wip)
 from autopar.sharding import plan as intra
 from autopar.sharding.options import Options as ShardingOptions
 from autopar.sharding.region import signature
 from autopar.stages.offers import Offer, replacements
-<<<<<<< HEAD
 from autopar.trace.either import Remats
-=======
-from autopar.trace.traced import Traced
 from autopar_solver.presolve import collector_paused
->>>>>>> d5a3564 (wip)
 
 __all__ = ["GAP", "PRICE_GAP", "SECONDS", "Made", "Say", "make", "prices"]
 
@@ -69,24 +58,14 @@ def make(tracer: Tracer, cluster: Cluster, method: Method, say: Say) -> Made:
         TraceError, MixedExamples: the step cannot be captured or cut into micro-batches.
         DoesNotFit: no plan keeps every device within its memory. BadInput, StalePlan: see the methods.
     """
-<<<<<<< HEAD
-    match method:
-        case Manual(plan=nouns.Plan() as plan):
-            return _manual(tracer, cluster, plan)
-        case ShardParallel() | Manual() | Follow() | CreateState():
-            return one_stage(tracer, cluster, method, say)
-        case Auto():
-            return _auto(tracer, cluster, method, say)
-=======
     with collector_paused():  # it would walk through millions of small objects, hardly any of them in a cycle
         match method:
             case Manual(plan=nouns.Plan() as plan):
                 return _manual(tracer, cluster, plan)
             case ShardParallel() | Manual() | Follow() | CreateState():
-                return _one_stage(tracer, cluster, method, say)
+                return one_stage(tracer, cluster, method, say)
             case Auto():
                 return _auto(tracer, cluster, method, say)
->>>>>>> d5a3564 (wip)
 
 
 # -- a given plan
@@ -264,15 +243,3 @@ def prices(graph: Graph, say: Say) -> stages.Price:
 def _offer(plan: ShardingPlan) -> Offer:
     m = plan.memory
     return Offer(plan.forward, plan.backward, plan.apply, m.state, m.activations, m.workspace)
-<<<<<<< HEAD
-=======
-
-
-def _timed(plan: nouns.Plan, cluster: Cluster, remat: bool, layer_scans: bool) -> nouns.Plan:
-    """The plan with its program simulated, which checks it as well."""
-    plan = replace(plan, cluster=str(cluster), remat=remat, layer_scans=layer_scans)
-    with section("emit"):
-        program = emit(plan, schedule(plan.schedule, len(plan.stages), plan.microbatches))
-        line = simulate(plan, program)
-    return plan.with_timing(line.step_time, line.bubble)
->>>>>>> d5a3564 (wip)

@@ -20,12 +20,9 @@ BENCHES = {
     "evaluate": "autopar.bench.evaluate:evaluate",
     "int8": "autopar.bench.int8:int8",
     "load-memory": "autopar.bench.load_memory:load_memory",
-<<<<<<< HEAD
     "memory": "autopar.bench.memory:memory",
-=======
     "overhead": "autopar.bench.overhead:overhead",
     "planning": "autopar.bench.planning:planning",
->>>>>>> d5a3564 (wip)
     "plans": "autopar.bench.plans:plans",
     "simulation": "autopar.bench.simulation:simulation",
     "solver": "autopar_solver.bench:bench_command",
