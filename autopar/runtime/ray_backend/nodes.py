@@ -7,8 +7,12 @@ first makes both, the last to close ends both.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 import socket
+import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -114,7 +118,7 @@ class Nodes:
         if host and port.isdecimal() and "://" not in host:
             socket.create_connection((host, int(port)), CONNECT).close()  # Ray itself tries for minutes
         own = {"_node_ip_address": LOOPBACK} if emulated else {}
-        with _quiet(), _loopback() if emulated else contextlib.nullcontext():
+        with _quiet(), _own_signals(), _loopback() if emulated else contextlib.nullcontext():
             self.ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
         _SHARED.connected = True
         _print_raylets(False)
@@ -151,7 +155,7 @@ class Nodes:
         _SHARED.users -= 1
         if _SHARED.users:
             return
-        with contextlib.suppress(Exception), _quiet():
+        with contextlib.suppress(Exception), _quiet(), _own_signals():
             if _SHARED.connected:
                 self.ray.shutdown()
                 _print_raylets(True)
@@ -192,6 +196,25 @@ def _loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = told
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """What this process does at SIGTERM stays as it is, if it connects or disconnects in a thread.
+
+    Ray's C++ part takes the signal when it connects and forgets it when it disconnects, handlers of Python's
+    included; so a server that has connected again after a worker was lost would die of it rather than drain.
+    Python itself sets handlers in the main thread only.
+    """
+    if threading.current_thread() is threading.main_thread() or sys.platform == "win32":
+        yield
+        return
+    libc, kept = ctypes.CDLL(None), ctypes.create_string_buffer(512)  # more than any struct sigaction
+    libc.sigaction(signal.SIGTERM, None, kept)
+    try:
+        yield
+    finally:
+        libc.sigaction(signal.SIGTERM, kept, None)
 
 
 @contextlib.contextmanager
