@@ -110,10 +110,14 @@ class Plan(nouns.Plan):
         return Timeline(found.events, found.workers, found.peak)
 
     def picture(self, path: str | os.PathLike[str]) -> None:
-        """Draws stages, memory and the simulated timeline to an .svg, .png or .pdf file."""
+        """Draws layers × mesh with the communication on it, memory and the timeline to an .svg, .png or .pdf.
+
+        Layers that do the same are drawn once. A plan from a file does not know its step's layers: then the
+        stages are drawn.
+        """
         from autopar.report.picture import plan_picture
 
-        plan_picture(self, os.fspath(path), self.simulate())
+        plan_picture(self, os.fspath(path), self.simulate(), getattr(self, "_graph", None))
 
     def __str__(self) -> str:
         from autopar.report.text import plan_text

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autopar.core import spec as specs
+from autopar.core.graph import Graph
 from autopar.core.plan import Plan
 from autopar.core.timeline import Timeline
+from autopar.report.layers_picture import draw_layers, height_of, rows_of, width_of
 from autopar.report.tensors import groups
 from autopar.report.text import layers_text
 from autopar.report.units import seconds, share, size
@@ -38,24 +40,34 @@ def figure_of(width: float, height: float, rows: Sequence[float]) -> tuple[Figur
     return figure, [figure.add_subplot(grid[i]) for i in range(len(rows))]
 
 
-def plan_picture(plan: Plan, path: str, timeline: Timeline | None = None) -> None:
-    """Draws the stages over their devices, memory against the limit and, if given, the timeline, to `path`.
+def plan_picture(plan: Plan, path: str, timeline: Timeline | None = None, graph: Graph | None = None) -> None:
+    """Draws layers over the mesh, or the stages over their devices where there are several or the step is not
+    known; memory against the limit; and, if given, the timeline of several stages.
 
     Args:
         path: *.svg, *.png or *.pdf.
+        graph: of the step; its layers are drawn with what they cut and send.
     """
     stages = len(plan.stages)
-    rows = [1.9, 0.5 + 0.28 * stages] + ([0.5 + 0.28 * stages] if timeline else [])
-    figure, axes = figure_of(max(8.0, 2.6 * stages), 1.6 * sum(rows), rows)
+    width, small = max(8.0, 2.6 * stages), 0.8 + 0.45 * stages
+    layers = [] if graph is None else rows_of(plan, graph)
+    boxes = stages > 1 or graph is None
+    timeline = timeline if boxes else None
+    rows = [3.0] * boxes + [height_of(x) for x in layers] + [small] * (2 if timeline else 1)
+    width = max(width, width_of(plan)) if layers else width
+    figure, axes = figure_of(width, sum(rows) + 0.5, rows)
     figure.suptitle(
         f"{seconds(plan.step_time)} per step · bubble {share(plan.bubble)} · proven gap {share(plan.gap)} · "
         f"{plan.microbatches} micro-batches, {plan.schedule}",
         fontsize=10,
     )
-    _boxes(axes[0], plan)
-    _memory(axes[1], plan)
+    if boxes:
+        _boxes(axes[0], plan)
+    for s, found in enumerate(layers):
+        draw_layers(axes[boxes + s], plan, s, found)
+    _memory(axes[boxes + len(layers)], plan)
     if timeline:
-        draw_timeline(axes[2], timeline)
+        draw_timeline(axes[-1], timeline)
     figure.savefig(path)
 
 
