@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from autopar import stages
-from autopar.api.planning import GAP, PRICE_GAP, SECONDS, Made, Say
+from autopar.api.planning import GAP, SECONDS, Made, Say, layer_offers, layers_of
 from autopar.cluster import Cluster, MeshChoice, submeshes
 from autopar.core.dtypes import itemsize
 from autopar.core.errors import BadInput, DoesNotFit
@@ -26,7 +26,6 @@ from autopar.core.spec import shards
 from autopar.program import emit, schedule, simulate
 from autopar.sharding import plan as intra
 from autopar.sharding.options import Options as ShardingOptions
-from autopar.sharding.region import signature
 from autopar.stages.offers import Offer, Replacements, replacements
 from autopar.stages.problem import build
 from autopar.trace.traced import Traced
@@ -169,7 +168,7 @@ class _Search:
         self.traced, self.graph, self.cache = traced, traced.graph, cache
         self.cluster, self.wanted, self.say = cluster, wanted, say
         self.choices = _shapes(cluster, wanted.across)
-        self._signatures, self._members = _layers(self.graph)
+        self._signatures, self._members = layers_of(self.graph)
         self._known: dict[tuple[str, Mesh], tuple[_Cost, ...]] = {}
 
     # -- what a layer costs
@@ -179,10 +178,7 @@ class _Search:
         if key not in self._known:
             self.say(f"pricing layers on {mesh}")
             types = halves(mesh.device, self.graph)
-            options = ShardingOptions(
-                uniform=True, gap=PRICE_GAP, seconds=3.0, dtypes=types.dtypes, products=types.products
-            )
-            plans = intra.offers(self.graph, self._members.get(layer, ()), mesh, options, PRICES)
+            plans = layer_offers(self.graph, self._members.get(layer, ()), mesh, types, PRICES)
             self._known[key] = tuple(map(self._cost, plans))
         return self._known[key]
 
@@ -342,15 +338,6 @@ def timed(found: Plan, cluster: Cluster) -> Plan:
     found = replace(found, cluster=str(cluster))
     line = simulate(found, emit(found, schedule(found.schedule, len(found.stages), found.microbatches)))
     return found.with_timing(line.step_time, line.bubble)
-
-
-def _layers(graph: Graph) -> tuple[dict[int, str], dict[int, list[int]]]:
-    """Returns layer → signature, and layer → its equations."""
-    members: dict[int, list[int]] = {}
-    for i, equation in enumerate(graph.equations):
-        if equation.layer is not None or not graph.layers:
-            members.setdefault(equation.layer or 0, []).append(i)
-    return {layer: signature(graph, own) for layer, own in members.items()}, members
 
 
 def _shapes(cluster: Cluster, across: bool) -> tuple[MeshChoice, ...]:

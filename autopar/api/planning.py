@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from autopar import stages
@@ -31,14 +31,17 @@ from autopar.core.plan import ShardingPlan
 from autopar.sharding import plan as intra
 from autopar.sharding.options import Options as ShardingOptions
 from autopar.sharding.region import signature
-from autopar.stages.offers import Offer, replacements
+from autopar.stages.offers import Offer, Replacements, replacements
 from autopar.trace.either import Remats
 from autopar_solver.presolve import collector_paused
 
-__all__ = ["GAP", "PRICE_GAP", "SECONDS", "Made", "Say", "make", "prices"]
+__all__ = ["GAP", "SECONDS", "Made", "Say", "layer_offers", "layers_of", "make", "prices"]
 
 PRICE_GAP = 1e-2
 """The same for the price of a layer, which only guides the choice of stages."""
+
+PRICE_SECONDS = 3.0
+"""Seconds that the price of one layer may take."""
 
 ROOM = 0.6
 """Share of the cluster's memory that state and one micro-batch's activations may fill before activations are
@@ -210,24 +213,15 @@ def prices(graph: Graph, say: Say) -> stages.Price:
     Where one device could hold all layers in their fastest form with every micro-batch in flight, memory
     never decides, so only the fastest offer of each is made.
     """
-    members: dict[int, list[int]] = {}
-    for i, equation in enumerate(graph.equations):
-        if equation.layer is not None or not graph.layers:
-            members.setdefault(equation.layer or 0, []).append(i)
-    signatures = {layer: signature(graph, own) for layer, own in members.items()}
+    signatures, members = layers_of(graph)
     known: dict[tuple[str, Mesh, bool], tuple[Offer, ...]] = {}
 
     def offers(layer: int, mesh: Mesh, lean: bool) -> tuple[Offer, ...]:
         key = (signatures.get(layer, ""), mesh, lean)
         if key not in known:
             say(f"pricing layers on {mesh}")
-            types = replacements(mesh.device, graph)
-            options = ShardingOptions(
-                uniform=True, gap=PRICE_GAP, seconds=3.0, dtypes=types.dtypes, products=types.products
-            )
-            plans = intra.offers(
-                graph, members.get(layer, ()), mesh, options, intra.PRICES if lean else intra.PRICES[:1]
-            )
+            types, prices = replacements(mesh.device, graph), intra.PRICES if lean else intra.PRICES[:1]
+            plans = layer_offers(graph, members.get(layer, ()), mesh, types, prices)
             known[key] = tuple(map(_offer, plans))
         return known[key]
 
@@ -238,6 +232,25 @@ def prices(graph: Graph, say: Say) -> stages.Price:
         return held + max((offer.workspace for offer in fastest), default=0) > mesh.device.memory
 
     return lambda layer, mesh: offers(layer, mesh, scarce(mesh))
+
+
+def layers_of(graph: Graph) -> tuple[dict[int, str], dict[int, list[int]]]:
+    """Returns layer → signature, equal for layers that cost the same, and layer → its equations."""
+    members: dict[int, list[int]] = {}
+    for i, equation in enumerate(graph.equations):
+        if equation.layer is not None or not graph.layers:
+            members.setdefault(equation.layer or 0, []).append(i)
+    return {layer: signature(graph, own) for layer, own in members.items()}, members
+
+
+def layer_offers(
+    graph: Graph, equations: Sequence[int], mesh: Mesh, types: Replacements, prices: Sequence[float]
+) -> tuple[ShardingPlan, ...]:
+    """Returns the plans that a layer is priced by: one for each price of memory, in seconds per byte."""
+    options = ShardingOptions(
+        uniform=True, gap=PRICE_GAP, seconds=PRICE_SECONDS, dtypes=types.dtypes, products=types.products
+    )
+    return intra.offers(graph, equations, mesh, options, prices)
 
 
 def _offer(plan: ShardingPlan) -> Offer:
