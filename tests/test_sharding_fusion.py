@@ -71,6 +71,13 @@ def test_a_costly_result_is_kept_for_several_readers_only():
     assert ((), 3) in fusion.sources and spans.of(((), 3)) is None
 
 
+def test_a_costly_result_is_kept_where_what_is_made_of_it_is_computed_twice():
+    many = (dot(0, 1, 2), unary(2, 3, costly=True), unary(3, 4), unary(4, 5), unary(4, 6))
+    fusion, spans = analyse(*many, outputs=(5, 6))
+    assert ((), 4) in fusion.sources and ((), 3) not in fusion.sources
+    assert spans.of(((), 3)) == (2, 6, False)
+
+
 def test_a_sum_of_two_that_several_read_is_kept():
     fusion, _ = analyse(
         dot(0, 1, 2), dot(2, 1, 3), add(2, 3, 4), unary(4, 5), unary(4, 6), add(5, 6, 7), outputs=(7,)

@@ -3,8 +3,9 @@
 A kernel writes what other kernels read. An elementwise result is computed inside of every kernel that reads
 it, and keeps alive what it is made of instead of itself, except (`xla::InstructionFusion`):
 
-- what has several readers and is too dear to be computed by each of them (`Equation.costly`);
-- what has several readers and more than one operand of its size: each reader would read all of them;
+- what has several readers, or readers that several kernels compute, and is too dear for that
+  (`Equation.costly`);
+- what has such readers and more than one operand of its size: each kernel would read all of them;
 - readers that no elementwise operation fuses into (products, gathers, sorts, loops, …): for these the result
   is written, once.
 
@@ -45,34 +46,27 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int]) -> Fusion
     hungry = {step.tick for step in model.steps if not _fuses(step)}
     steps = {step.tick for step in model.steps}
     leaving = {((), v) for v in region.leaving}
-    read = _read_at(model, nbytes, leaving)
-    for step in model.steps:
+    read = {key: {tick for tick, _ in uses} for key, uses in model.uses.items()}
+    inside: dict[int, set[int]] = {}  # tick of what is fused → ticks of the kernels that compute it
+    for step in sorted(model.steps, key=lambda step: -step.tick):  # readers first
         if kind_of(step.equation) not in (OpKind.FUSED, OpKind.VIEW):
             continue
         for v in step.equation.outputs:
             key = step.path, v
             if key not in model.homes or key in leaving:
                 continue
-            size = nbytes(model.value(key))
-            big = _big(step, model, nbytes, size)
-            ticks = read.get(key, set())
-            several = _readers(model, ticks) > 1
+            ticks, of = read.get(key, set()), _viewed(step, model, nbytes, v)
+            kernels = {kernel for tick in ticks for kernel in inside.get(tick, {tick})}
+            big = _big(step, model, nbytes, nbytes(model.value(key)))
+            several = max(_readers(model, ticks), _readers(model, kernels)) > 1
             if several and (step.equation.costly or len(big) > 1):
                 continue
             found.sources[key] = big
-            if _viewed(step, model, nbytes, v) is None:
+            inside.setdefault(step.tick, set()).update(kernels)
+            if of is None:
                 found.kept_for[key] = frozenset(t for t in ticks if t in hungry or t not in steps)
-    return found
-
-
-def _read_at(model: Model, nbytes: Callable[[Value], int], leaving: set[Key]) -> dict[Key, set[int]]:
-    """Returns the ticks at which every value is read, itself or through views of it."""
-    found = {key: {tick for tick, _ in uses} for key, uses in model.uses.items()}
-    for step in sorted(model.steps, key=lambda step: -step.tick):
-        for v in step.equation.outputs:
-            of = _viewed(step, model, nbytes, v)
-            if of is not None and (step.path, v) in model.homes and (step.path, v) not in leaving:
-                found[of] = found[of] - {step.tick} | found.get((step.path, v), set())
+            else:  # who reads the view reads the value itself
+                read[of] = read[of] - {step.tick} | ticks
     return found
 
 
