@@ -33,9 +33,8 @@ class Compiled:
         self.lowered, self.donated = lowered, donated
         first = [heirs[k] for k in donated if k in heirs] if heirs else []
         order = [*first, *(o for o in range(len(lowered.outputs)) if o not in {*first})]
-        self._order = order
-        back = [order.index(o) for o in range(len(order))]
-        self._restore = itemgetter(*back) if back != sorted(back) else None
+        self.order = order
+        self._restore = restorer(order)
 
     @cached_property
     def jitted(self) -> Callable[..., Sequence[Array]]:
@@ -43,7 +42,7 @@ class Compiled:
 
         Its results come in the order in which donated inputs are replaced.
         """
-        fun, order = self.lowered.fun, self._order
+        fun, order = self.lowered.fun, self.order
 
         def ordered(*inputs: Array) -> list[Array]:
             results = fun(list(inputs))
@@ -68,6 +67,12 @@ class Compiled:
     def __call__(self, *inputs: Array) -> Sequence[Array]:
         results = self.executable(*inputs)
         return results if self._restore is None else self._restore(results)
+
+
+def restorer(order: Sequence[int]) -> Callable[[Sequence[Array]], Sequence[Array]] | None:
+    """Returns what puts results that come in `order` back into theirs, None where they are."""
+    back = [list(order).index(o) for o in range(len(order))]
+    return itemgetter(*back) if back != sorted(back) else None
 
 
 def heirs(worker: Worker) -> dict[str, dict[int, int]]:

@@ -143,7 +143,9 @@ class StageWorker:
 
     def hlo(self, program: int = 0) -> Answer:
         """Gives segment → compiled text."""
-        return self._try(lambda: {name: f.as_text() for name, f in self._programs[program].functions.items()})
+        return self._try(
+            lambda: {name: f.executable.as_text() for name, f in self._programs[program].functions.items()}
+        )
 
     def sizes(self, program: int = 0) -> Answer:
         """Gives segment → the compiler's bytes."""
@@ -272,7 +274,7 @@ class StageWorker:
     def _sizes(self, loaded: Loaded) -> dict[str, Sizes]:
         from autopar.runtime.inprocess import sizes
 
-        return {name: sizes(f) for name, f in loaded.functions.items()}
+        return {name: sizes(f.executable) for name, f in loaded.functions.items()}
 
     def _memory(self) -> tuple[int, int, int]:
         import resource
