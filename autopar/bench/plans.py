@@ -108,11 +108,11 @@ def judged(asked: Sequence[Job], kept: Kept, at_once: int, console: Console) -> 
 def report(done: Done, console: Console) -> None:
     """Prints what became of a job."""
     if done.cell is None:
-        console.print(f"{done.job}: {done.error}")
+        console.print(f"{done.job}: {done.error}", markup=False)
         return
     console.print(table(done.cell, list(done.cell.automatic.wire or done.cell.automatic.score.wire)))
     for expert, why in done.cell.failed:
-        console.print(f"  {expert}: not judged: {why}")
+        console.print(f"  {expert}: not judged: {why}", markup=False)
 
 
 def table(c: Cell, axes: Sequence[str]) -> Table:
