@@ -130,7 +130,7 @@ class Spans:
         self._begun: dict[Key, Phase] = {}
         for key, uses in model.uses.items():
             for tick, phase in uses:
-                self._use(key, tick, phase, {key})
+                self._use(key, tick, phase, {key}, model.asked.get(tick))
 
     def of(self, key: Key) -> tuple[int, int, bool] | None:
         """Returns (start, stop, is a residual) of a value, or None when it takes no memory of its own."""
@@ -149,18 +149,22 @@ class Spans:
         found = self.reading.found.get(key, {}).items()
         return [(when, (stop, last + 1, crosses)) for when, (last, crosses) in found if last >= stop]
 
-    def _use(self, key: Key, tick: int, phase: Phase, seen: set[Key]) -> None:
-        """Keeps alive what a read of a value needs: the value itself, or what it is computed from again."""
+    def _use(self, key: Key, tick: int, phase: Phase, seen: set[Key], when: Alternative | None) -> None:
+        """Keeps alive what a read of a value needs: the value itself, or what it is computed from again.
+
+        when: the alternative that reads it; what only it made is read only if it is taken.
+        """
+        own = self.model.owner(key) if self.model.asked else None
+        when = when or own
         sources = self.fusion.sources.get(key)
         # separate programs hand over the value that the backward reads, not what it is made of
         handed = self.split and self.made.get(key) is Phase.FORWARD and phase is not Phase.FORWARD
         if sources is not None and not handed and tick not in self.fusion.kept_for.get(key, ()):
             for source in sources - seen:
-                self._use(source, tick, phase, seen | {source})
+                self._use(source, tick, phase, seen | {source}, when)
             return
         tick = self.end if self.region.whole and tick in self.late else tick
-        when = self.model.asked.get(tick)
-        apart = when is not None and self.model.owner(key) != when
+        apart = when is not None and own != when
         if not apart:
             self.last[key] = max(self.last.get(key, 0), tick)
         arriving = not key[0] and key[1] in self.region.arriving
