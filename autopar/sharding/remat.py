@@ -137,7 +137,7 @@ class Search:
         """Returns the solution of the whole program under the limit."""
         s = self.setting
         items = tuple(item for item in s.items if item.role != BY)
-        costs = conditional(assemble(s.model, s.grid, s.nbytes, items, self.options.memory_price), s.model)
+        costs = conditional(assemble(s.model, s.grid, s.nbytes, items, 0.0), s.model)
         limit = intra.limit_of(self.options, self.mesh)
         return minimise(costs, limit, self.options.seconds, self.options.gap)
 
@@ -165,6 +165,16 @@ class Search:
             low, high = (middle, high) if self._too_big(path[middle]) else (low, middle)
         if self.best is None:  # computing more again can need more at once: look at the others, too
             yield from path[:: max(1, len(path) // 8)]
+        yield from self._relaxed(path[0])
+
+    def _relaxed(self, kept: Taken) -> Iterator[Taken]:
+        """Yields the best assignment with one layer less that computes again, as long as one fits."""
+        before: Taken | None = None
+        while self.best is not None and self.best != before:
+            before = self.best
+            for k, remat in enumerate(before):
+                if remat is not kept[k] and self.best == before:
+                    yield (*before[:k], kept[k], *before[k + 1 :])
 
     def _too_big(self, taken: Taken) -> bool:
         return isinstance(self.visited[taken], DoesNotFit)
