@@ -1,0 +1,81 @@
+"""What layers compute again: as asked for, or where memory is short; the numbers stay those of one device."""
+
+from dataclasses import replace
+
+import pytest
+
+import autopar as ap
+from autopar.core.errors import BadInput, DoesNotFit, UnknownName
+from autopar.core.graph import Remat
+from tests.steps import EIGHT, alone, assert_equal, case, run
+
+
+def planned(name, cluster=EIGHT, **options):
+    of = case(name)
+    step = ap.parallelize(of.step, cluster=cluster, method=ap.ShardParallel(mesh=(2, 4), **options))
+    return step, step.plan(of.state, of.batches[0])
+
+
+def limited(limit):
+    nodes = (replace(node, device=replace(node.device, memory=limit)) for node in EIGHT.nodes)
+    return replace(EIGHT, nodes=tuple(nodes))
+
+
+@pytest.mark.parametrize(
+    ("name", "remat", "again"),
+    [
+        ("gpt", {"Block_0": "full", "Block_[12]": "products"}, {Remat.FULL: 1, Remat.PRODUCTS: 2}),
+        ("mlp", "products", {Remat.PRODUCTS: 1}),
+        pytest.param("wresnet", "full", {Remat.FULL: 3}, marks=pytest.mark.slow),
+        pytest.param("wresnet", "products", {Remat.PRODUCTS: 3}, marks=pytest.mark.slow),
+        pytest.param("gpt scan", True, {Remat.FULL: 3}, marks=pytest.mark.slow),
+    ],
+)
+def test_as_asked_for(name, remat, again, tmp_path):
+    step, plan = planned(name, remat=remat)
+    assert {r: sum(x is r for _, x in plan.remat) for r in again} == again
+    assert "computed again in the backward pass" in str(plan)
+    assert_equal(run(step, case(name)), alone(name))
+    plan.save(tmp_path / "plan.json")
+    assert ap.Plan.load(tmp_path / "plan.json").remat == plan.remat
+    step.close()
+
+
+def test_chosen_where_memory_is_short():
+    _, free = planned("mlp")
+    assert free.remat == ()
+    limit = int(0.85 * free.stages[0].memory.peak)
+    step, plan = planned("mlp", limited(limit))
+    assert plan.remat and plan.stages[0].memory.peak <= limit
+    assert any("memory is short; recomputed" in note and "ms)" in note for note in plan.notes)
+    assert_equal(run(step, case("mlp")), alone("mlp"))
+    step.close()
+
+
+def test_a_saved_plan_recomputes_the_same():
+    of = case("mlp")
+    _, plan = planned("mlp", remat="full")
+    step = ap.parallelize(of.step, cluster=EIGHT, method=ap.Manual(plan))
+    assert step.plan(of.state, of.batches[0]).remat == plan.remat
+
+
+def test_nothing_fits():
+    of = case("mlp")
+    with pytest.raises(
+        DoesNotFit, match=r"nothing fits into .*no choice of layers.*Biggest per device.*add dev"
+    ):
+        planned("mlp", limited(1500))
+    with pytest.raises(DoesNotFit):
+        method = ap.ShardParallel(mesh=(2, 4), remat=False)
+        ap.parallelize(of.step, cluster=limited(1500), method=method).plan(of.state, of.batches[0])
+
+
+def test_bad_input():
+    with pytest.raises(UnknownName, match="kind of remat"):
+        ap.ShardParallel(remat="some")
+    with pytest.raises(UnknownName, match="kind of remat"):
+        ap.Auto(remat={"Block_0": "some"})
+    with pytest.raises(BadInput, match="remat takes True, False"):
+        ap.ShardParallel(remat=3)  # type: ignore[arg-type]
+    with pytest.raises(UnknownName, match="layer to recompute"):
+        planned("mlp", remat={"Block_7": "full"})
