@@ -141,8 +141,8 @@ class Bench:
         """Returns the row of a plan."""
         found = draft.plan
         row = self.compiled(name, variant, found, draft.planning)
-        predicted = {"wire": predicted_wire(found), "peak": found.memory.peak, "seconds": found.objective}
-        return replace(row, status=found.status, **predicted)
+        wire, peak = predicted_wire(found), found.memory.peak
+        return replace(row, wire=wire, peak=peak, seconds=found.objective, status=found.status)
 
     def written(self, expert: Expert) -> Row:
         """Returns the row of an expert's layouts, everything else chosen by the partitioner."""
@@ -152,20 +152,22 @@ class Bench:
         """Returns what an expert prescribes."""
         return keepable(self.graph, self.mesh, expert.pins(self.graph, self.mesh, self.case))
 
-    def judge(self, chosen: Sequence[Expert]) -> Iterator[Row | tuple[str, str]]:
-        """Yields the rows of experts, two for each; (name, why) for what is not judged."""
+    def judge(self, chosen: Sequence[Expert], failed: list[tuple[str, str]]) -> Iterator[Row]:
+        """Yields the rows of experts, two for each; adds (name, why) to `failed` for what is not judged."""
         drafts: dict[Expert, Draft] = {}
         for expert in chosen:
             try:
                 drafts[expert] = self.draft(self.pins(expert))
             except PlanError as error:
-                yield expert.name, str(error)
+                failed.append((expert.name, str(error)))
         best = min((d.plan.objective for d in drafts.values()), default=math.inf)
         for expert in chosen:
             draft = drafts.get(expert)
             if draft is not None and draft.plan.objective > self.near * best:
                 ratio = draft.plan.objective / best
-                yield expert.name, f"predicted to take {ratio:.2f} times as long as the best of them"
+                failed.append(
+                    (expert.name, f"predicted to take {ratio:.2f} times as long as the best of them")
+                )
                 # what the partitioner does with rows of images is not predicted
                 draft, wanted = None, bool(expert.rows)
             else:
@@ -197,10 +199,9 @@ class Bench:
 def cell(bench: Bench, label: str) -> Cell:
     """Returns the comparison of a model's plans on a mesh, which is called `label`."""
     automatic = bench.automatic()
-    found = list(bench.judge(experts(bench.mesh, bench.case))) if bench.near > 0 else []
-    rows = tuple(row for row in found if isinstance(row, Row))
-    failed = tuple(row for row in found if not isinstance(row, Row))
-    return Cell(bench.case.name, label, bench.mesh.device.name, automatic, rows, failed)
+    failed: list[tuple[str, str]] = []
+    rows = tuple(bench.judge(experts(bench.mesh, bench.case) if bench.near > 0 else (), failed))
+    return Cell(bench.case.name, label, bench.mesh.device.name, automatic, rows, tuple(failed))
 
 
 def step_segment(graph: Graph) -> Segment:

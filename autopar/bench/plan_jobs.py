@@ -110,16 +110,12 @@ def cell_of(data: dict[str, Any]) -> Cell:
     """Returns the cell that `asdict` turned into plain data."""
 
     def row(data: dict[str, Any]) -> Row:
-        return Row(**data | {"score": Score(**data["score"])})
+        rest = {name: x for name, x in data.items() if name != "score"}
+        return Row(score=Score(**data["score"]), **rest)
 
-    return Cell(
-        **data
-        | {
-            "automatic": row(data["automatic"]),
-            "experts": tuple(row(r) for r in data["experts"]),
-            "failed": tuple((name, why) for name, why in data["failed"]),
-        }
-    )
+    experts, failed = map(row, data["experts"]), [(name, why) for name, why in data["failed"]]
+    model, mesh, device = (str(data[name]) for name in ("model", "mesh", "device"))
+    return Cell(model, mesh, device, row(data["automatic"]), tuple(experts), tuple(failed))
 
 
 def main(text: str) -> None:
