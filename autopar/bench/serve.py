@@ -105,7 +105,8 @@ class System:
     def close(self) -> None:
         """Ends the process."""
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(BrokenPipeError), self._process:
+            pass  # closes its pipes and waits for it
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
