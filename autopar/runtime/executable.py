@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autopar.core.errors import BadInput
 from autopar.core.plan import Plan
-from autopar.core.program import Program
+from autopar.core.program import Buffer, Program
 from autopar.core.timeline import Timeline
 from autopar.runtime.array import Generation
 from autopar.runtime.backend import Backend, Session, StageMemory
@@ -73,7 +73,8 @@ class Executable:
         return self._step(args, kwargs, measured=True)
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any], measured: bool) -> Any:
-        return self._run(self._signature.flatten(args, kwargs), measured)
+        leaves = self._signature.flatten(args, kwargs)
+        return self._run(leaves, self._feeder(self._batch(leaves)), measured)
 
     def follows(self, leaves: Sequence[Any], tree: Any) -> bool:
         """Returns whether these are the arguments of a next step: the state that the last call returned, and
@@ -86,10 +87,9 @@ class Executable:
 
     def next(self, leaves: Sequence[Any]) -> Any:
         """Returns the results of a step with these leaves, for which `follows` is true."""
-        return self._run(leaves, measured=False)
+        return self._run(leaves, self._feeder.cut(self._batch(leaves)), measured=False)
 
-    def _run(self, leaves: Sequence[Any], measured: bool) -> Any:
-        feeds = self._feeder(self._batch(leaves))
+    def _run(self, leaves: Sequence[Any], feeds: list[Mapping[Buffer, Array]], measured: bool) -> Any:
         try:
             self._prepare(self._kept(leaves))
             self.steps += 1

@@ -95,15 +95,20 @@ class Feeder:
     def fits(self, batch: Sequence[Any]) -> bool:
         """Returns whether these are arrays of the traced shapes and types."""
         return all(
-            isinstance(x, jax.Array | np.ndarray) and x.shape == shape and x.dtype == dtype
+            x.shape == shape and x.dtype == dtype and not x.is_deleted()
+            if isinstance(x, jax.Array)
+            else type(x) is np.ndarray and x.shape == shape and x.dtype == dtype
             for x, (shape, dtype) in zip(batch, self._expected, strict=True)
         )
 
     def __call__(self, batch: Sequence[Any]) -> list[Mapping[Buffer, Array]]:
         """Returns the feeds of each stage. Raises BadInput for a leaf of another shape or dtype."""
         arrays = [read(leaf, x) for leaf, x in zip(self._leaves, batch, strict=True)]
-        arrays = [x.fetch() if isinstance(x, DistributedArray) else x for x in arrays]
-        parts = [split(x, self._count) for x in arrays]
+        return self.cut([x.fetch() if isinstance(x, DistributedArray) else x for x in arrays])
+
+    def cut(self, batch: Sequence[Array]) -> list[Mapping[Buffer, Array]]:
+        """Returns the feeds of each stage, of arrays that fit."""
+        parts = [split(x, self._count) for x in batch]
         return [
             {b: self._indices[i] if k is None else parts[k][i] for b, k, i in wanted}
             for wanted in self._wanted

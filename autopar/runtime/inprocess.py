@@ -210,15 +210,20 @@ class InProcessSession:
 
     def _feed(self, feeds: Sequence[Mapping[Buffer, Array]]) -> None:
         for stage, feed in enumerate(feeds):
-            once, moving = self._read_once[stage], dict[Buffer, Array]()
+            once, moving, places = self._read_once[stage], dict[Buffer, Array](), self._fed[stage]
             for buffer, x in feed.items():
-                local = isinstance(x, jax.Array) and _lies(x, self.sharding(stage, buffer))
+                local = isinstance(x, jax.Array) and _lies(x, places[buffer])
                 if not local and not (buffer in once and not isinstance(x, jax.Array)):
                     moving[buffer] = x
             if moving:
-                placed = jax.device_put(list(moving.values()), [self.sharding(stage, b) for b in moving])
+                placed = jax.device_put(list(moving.values()), [places[b] for b in moving])
                 feed = {**feed, **dict(zip(moving, placed))}
             self.interpreters[stage].load(feed)
+
+    @cached_property
+    def _fed(self) -> list[dict[Buffer, jax.sharding.NamedSharding]]:
+        """Where the feeds of each stage lie."""
+        return [{b: self.sharding(s, b) for b in worker.feeds} for s, worker in enumerate(self.program)]
 
     @cached_property
     def _operations(self) -> list[tuple[Callable[[], Any], Instruction]]:
