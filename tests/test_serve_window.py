@@ -13,7 +13,7 @@ import autopar
 from autopar.api.serving import Shape
 from autopar.io.huggingface import open_random
 from autopar.io.weights import read_all
-from autopar.serve import Buckets
+from autopar.serve import Buckets, window
 from autopar.serve.batch import StepBatch
 from autopar.serve.window import _Rows
 
@@ -24,8 +24,10 @@ PROMPTS = [list(map(int, np.random.default_rng(3).integers(0, 256, n))) for n in
 @pytest.fixture(scope="module")
 def model():
     changes = {"weights": "random", "buckets": BUCKETS, "tokens": 512, "max_length": 48, "behind": False}
-    with autopar.serve.load("opt-tiny", **changes) as model:
-        yield model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(window, "LEAST_ROWS", 1)
+        with autopar.serve.load("opt-tiny", **changes) as model:
+            yield model
 
 
 @functools.cache

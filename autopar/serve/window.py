@@ -10,6 +10,9 @@ from autopar.api.serving import Loaded, Programs, Shape
 from autopar.api.windows import Window
 from autopar.serve.batch import SCRATCH, Ints
 
+LEAST_ROWS = 8
+"""Rows of the smallest step that has a window: for fewer, gathering is too small a part of a step."""
+
 
 class _Rows(NamedTuple):
     """What a decode step did: where its rows were."""
@@ -60,7 +63,9 @@ class Windows:
         return tuple(
             shape._replace(window=True)
             for shape in shapes
-            if shape.new == 1 and shape.rows * shape.blocks * self._block_size <= self._tokens
+            if shape.new == 1
+            and shape.rows >= LEAST_ROWS
+            and shape.rows * shape.blocks * self._block_size <= self._tokens
         )
 
     def add(self, shape: Shape) -> None:
