@@ -6,6 +6,7 @@ import math
 import os
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,6 +30,8 @@ PATCH_SECONDS = 2.0
 RESTART_AT, SETTLING_TIME = 0.15, 0.15
 CORE_SHARE, CORE_SECONDS, CORE_TIME = 0.4, 4.0, 0.05
 SETTLING_PASSES = 5
+RECENT, FLAT = 0.2, 5e-3
+STALE, WIDE, LAST_START = 0.05, 0.05, 0.7
 CLOSING_SHARE, CLOSING_MOST = 0.02, 4.0
 
 
@@ -122,13 +125,34 @@ def climb(run: Run, c: Compact, dual: Dual, board: Board, graph: Graph) -> None:
     """The dual's thread: climbs for its share of the time or until it stalls, then searches like the
     others.
     """
-    end = run.elapsed() + DUAL_SHARE * run.left()
+    end, ascent = run.elapsed() + DUAL_SHARE * run.left(), Ascent()
     while run.elapsed() < end and not board.stop.is_set() and dual.step_size > 1e-4:
         dual_step(run, c, dual, board)
+        if wide_gap(board) and ascent.flat(run.elapsed(), dual.bound, board.missing(dual.bound)):
+            break
     dual.price = dual.best_price
     dual.evaluate(SETTLING_PASSES)
     board.climbing = False
     walk(run, c, graph, board, 0, CoreSearch(c, excess_costs(dual), run.seed))
+
+
+class Ascent:
+    """The dual's way up."""
+
+    def __init__(self) -> None:
+        self.times, self.bounds = list[float](), list[float]()
+
+    def flat(self, now: float, bound: float, missing: float) -> bool:
+        """Whether the last fifth of the time since the solve began closed next to nothing of the gap."""
+        self.times.append(now)
+        self.bounds.append(bound)
+        before = bisect_right(self.times, (1 - RECENT) * now) - 1
+        return before >= 0 and bound - self.bounds[before] < FLAT * missing
+
+
+def wide_gap(board: Board) -> bool:
+    """Whether there is a feasible choice, far above the bound: rather for want of search than of prices."""
+    return math.isfinite(board.value) and board.missing(board.bound) > WIDE * abs(board.bound)
 
 
 def starting_prices(dual: Dual, c: Compact) -> FloatArray:
@@ -140,10 +164,11 @@ def starting_prices(dual: Dual, c: Compact) -> FloatArray:
 
 def walk(run: Run, c: Compact, graph: Graph, board: Board, k: int, cores: CoreSearch | None = None) -> None:
     """A searching thread: cools down from its own temperature, then polishes the best choice of all
-    threads. The first thread also gives HiGHS sub-MILPs and core problems.
+    threads. The first thread also gives HiGHS sub-MILPs and core problems; the others the surroundings of
+    forbidden pairs that are left, and they start again where they find nothing more and the gap is wide.
     """
     walker = Walker(c, graph, board.x, run.seed * 64 + k)
-    patches = SubMilp(c, run.seed * 64 + k) if k == 0 else None
+    patches = SubMilp(c, run.seed * 64 + k)
     began, polishing, on_cores = run.elapsed(), False, 0.0
     since = Restarts()
     while not board.stop.is_set() and not run.done():
@@ -151,7 +176,9 @@ def walk(run: Run, c: Compact, graph: Graph, board: Board, k: int, cores: CoreSe
         hottest = abs(board.bound) * START_TEMPERATURE * 4.0 ** ((k + 1) % 3 - 1)
         behind = FALL_BEHIND * abs(board.bound) if share < 1 else 0.0
         temperature = hottest * (1 - share) if share < 1 else 0.0
-        if share < 1 and since.due(board, run):
+        broken = board.value >= walker.penalty
+        due = share < 1 and not broken and since.due(board, run)
+        if due or (k > 0 and share < LAST_START and since.stale(walker.best, board, run)):
             walker.restart(board.rounded)
         elif since.settled(run) and board.value < walker.best - behind:
             walker.move_to(board.x)
@@ -163,15 +190,17 @@ def walk(run: Run, c: Compact, graph: Graph, board: Board, k: int, cores: CoreSe
             run.offer(c.restore(walker.best_x))
         if closing(run) or not math.isfinite(board.value):
             continue
-        if patches is not None:
+        if k == 0:
             improve_patch(run, c, graph, board, patches)
+        elif math.isfinite(walker.best) and walker.best >= walker.penalty:
+            repair(run, walker, board, patches)
         spent = on_cores > CORE_SHARE * (run.elapsed() - began)
         if cores is not None and not spent:
             on_cores += improve_core(run, c, board, cores)
     run.note(f"search {k}: {walker.total_moves} moves, best {walker.best + c.const:.10g}")
-    if patches is not None:
+    if patches.tried:
         run.note(
-            f"sub-MILP: {patches.tried} tried, {patches.improved} improved, last size {patches.size:.0f}"
+            f"sub-MILP {k}: {patches.tried} tried, {patches.improved} improved, budget {patches.budget:.0f}"
         )
     if cores is not None:
         run.note(f"cores: {cores.tried} tried, {cores.improved} improved, last {cores.columns} columns")
@@ -185,6 +214,7 @@ class Restarts:
 
     def __init__(self) -> None:
         self.bound, self.at, self.climbing = -math.inf, -math.inf, True
+        self.best, self.found = math.inf, -math.inf
 
     def due(self, board: Board, run: Run) -> bool:
         """Whether the bound has closed enough of the gap since the last start, or the prices are final."""
@@ -198,6 +228,18 @@ class Restarts:
         self.bound, self.at = board.bound, run.elapsed()
         return True
 
+    def stale(self, best: float, board: Board, run: Run) -> bool:
+        """Whether the gap is wide and the walker has found nothing better for long: it may be in a poor
+        region.
+        """
+        now = run.elapsed()
+        if best != self.best:
+            self.best, self.found = best, now
+        if not (wide_gap(board) and math.isfinite(best) and now > self.found + STALE * run.seconds):
+            return False
+        self.at, self.best = now, math.inf
+        return True
+
     def settled(self, run: Run) -> bool:
         """Whether the walker had its time since the last start, so that it may be compared with the best."""
         return run.elapsed() > self.at + SETTLING_TIME * run.seconds
@@ -209,10 +251,19 @@ def closing(run: Run) -> bool:
 
 
 def improve_patch(run: Run, c: Compact, graph: Graph, board: Board, patches: SubMilp) -> None:
-    """Frees one neighbourhood of the best choice; HiGHS may take about as long as a search chunk or two."""
-    better = patches.improve(board.x, board.price, min(run.left(), PATCH_SECONDS), board.stop)
+    """Frees one neighbourhood of the best choice; HiGHS may take as long as a few search chunks, and longer
+    where short tries are of no use."""
+    seconds = min(run.left(), PATCH_SECONDS * patches.patience)
+    better = patches.improve(board.x, board.price, seconds, board.stop)
     if better is not None and board.offer(better, energy(graph, c.cost, better)):
         run.offer(c.restore(better))
+
+
+def repair(run: Run, walker: Walker, board: Board, patches: SubMilp) -> None:
+    """Frees the surroundings of a forbidden pair of a walker's best choice."""
+    better = patches.improve(walker.best_x, board.price, min(run.left(), PATCH_SECONDS), board.stop)
+    if better is not None:
+        walker.move_to(better)
 
 
 def improve_core(run: Run, c: Compact, board: Board, cores: CoreSearch) -> float:

@@ -162,6 +162,13 @@ def move_usage(mem, used, x, new, size, tree, sign):
 
 
 @jit
+def add_up(price, total):
+    """Fills total[t] with the sum of the prices before t."""
+    for t in range(len(price)):
+        total[t + 1] = total[t] + price[t]
+
+
+@jit
 def price_share(over):
     """Returns the random factor on the memory prices for one move: none, about one, or anything."""
     if over > 0:
@@ -191,8 +198,8 @@ def search(
     """Makes moves from x (changed in place with used); returns (value, over, best value, best x).
 
     value, over: cost and total overuse of x. With a weight of 0, moves lower the overuse while there is any,
-    and keep the limit after that. With a weight, overuse costs that much a unit, and moves may trade it for
-    cost (strategic oscillation, Glover 1989). best value is inf if memory was never kept.
+    and keep the limit after that. With a weight, overuse costs that much a unit where it is, and moves may
+    trade it for cost (strategic oscillation, Glover 1989). best value is inf if memory was never kept.
     """
     np.random.seed(seed)
     n = len(g.k)
@@ -208,12 +215,13 @@ def search(
     own = np.empty(widest)
     other = np.empty(widest)
     total = np.zeros(len(price) + 1)
-    for t in range(len(price)):
-        total[t + 1] = total[t] + price[t]
+    add_up(price, total)
     new = x.copy()
     best_x = x.copy()
     best = value if over <= 0 else np.inf
     for _ in range(moves):
+        if weight > 0 and over > 0:
+            add_up(np.where(used > mem.cap, price + weight, price), total)
         limit = 1 + int(np.exp(np.random.random() * np.log(most)))
         size = grow_tree(g, np.random.randint(n), limit, tree, parent, place, seen, frontier)
         best_on_tree(

@@ -17,9 +17,11 @@ from autopar_solver.compact import Compact, FloatArray
 from autopar_solver.problem import IntArray
 from autopar_solver.represolve import solve_presolved
 
-SMALLEST, LARGEST = 4.0, 4000.0
-SPREAD = 6.0
-CHOICES_KEPT = (6, 10, 16, 30)
+LARGEST, FEWEST = 4000.0, 5
+SPREAD = 30.0
+FIRST_BUDGET, BUDGETS = 5_000.0, (200.0, 1e8)
+GROW, SHRINK = 1.2, 0.8
+IMPATIENT, MOST_PATIENCE = 20, 6.0
 
 
 def restricted(c: Compact, free: IntArray, x: IntArray) -> Compact:
@@ -93,12 +95,17 @@ def thinned(c: Compact, keep: list[IntArray]) -> Compact:
     )
 
 
-def likely_choices(c: Compact, x: IntArray, price: FloatArray, most: int) -> list[IntArray]:
+def likely_choices(
+    c: Compact, x: IntArray, price: FloatArray, most: int, rng: np.random.Generator
+) -> list[IntArray]:
     """Returns per node at most about `most` choices: x's, the cheapest beside x's neighbours, and the
     leanest.
 
-    Cheapest counts memory at a price; half are ranked at a third of it and half at three times.
+    Cheapest counts memory at a price; half are ranked at up to the whole of it and half at up to nine times.
+    A neighbour counts by its present choice and by its best answer, in random parts: it may move as well, and
+    the same neighbourhood looks different the next time.
     """
+    low, high, stay = 9.0 ** -rng.random(), 9.0 ** rng.random(), rng.random()
     total = np.concatenate([[0.0], np.cumsum(price)])
     out: list[IntArray] = []
     for i in range(c.n):
@@ -106,15 +113,14 @@ def likely_choices(c: Compact, x: IntArray, price: FloatArray, most: int) -> lis
         paid, amount = np.zeros(k), np.zeros(k)
         for e in range(int(c.ptr[i]), int(c.ptr[i + 1])):
             column = c.classes(int(c.rev[e]))[x[c.nbr[e]]]
-            # Between the neighbour's present choice and its best answer: it may move as well.
             table = c.table(e)
-            cost += 0.5 * (table[:, column] + table.min(axis=1))[c.classes(e)]
+            cost += (stay * table[:, column] + (1 - stay) * table.min(axis=1))[c.classes(e)]
         for q in range(int(c.iptr[i]), int(c.iptr[i + 1])):
             usage = c.iu[c.ioff[q] : c.ioff[q] + k]
             paid += (total[c.iend[q]] - total[c.ibeg[q]]) * usage
             amount += usage * float(c.iend[q] - c.ibeg[q])
         half = max(1, most // 2)
-        picked = [np.argsort(cost + paid / 3)[:half], np.argsort(cost + 3 * paid)[:half]]
+        picked = [np.argsort(cost + low * paid)[:half], np.argsort(cost + high * paid)[:half]]
         lean = np.lexsort((cost, amount))[: max(1, most // 8)]
         out.append(np.unique(np.concatenate([*picked, lean, x[i : i + 1]])))
     return out
@@ -158,7 +164,12 @@ class SubMilp:
     def __init__(self, c: Compact, seed: int, most_columns: int = 60_000) -> None:
         self.c, self.seed, self.most_columns = c, seed, most_columns
         self.rng = np.random.default_rng(seed)
-        self.size, self.tried, self.improved = 12.0, 0, 0
+        self.budget, self.tried, self.improved, self.failed = FIRST_BUDGET, 0, 0, 0
+
+    @property
+    def patience(self) -> float:
+        """Factor on the seconds of a try: more when many in a row were of no use."""
+        return min(MOST_PATIENCE, 1 + self.failed / IMPATIENT)
 
     def improve(
         self, x: IntArray, price: FloatArray, seconds: float, stop: threading.Event | None = None
@@ -167,22 +178,36 @@ class SubMilp:
 
         If x takes forbidden pairs, a neighbourhood of one is freed, and better is to take none there.
         """
-        size = int(min(self.size * SPREAD ** -self.rng.random(), self.c.n))
+        size, most = self._shape()
         free = self._neighbourhood(x, size)
         whole = restricted(self.c, free, x)
-        keep = likely_choices(whole, x[free], price, int(self.rng.choice(CHOICES_KEPT)))
+        keep = likely_choices(whole, x[free], price, most, self.rng)
         part = thinned(whole, keep)
         old = np.array([np.searchsorted(chosen, x[i]) for chosen, i in zip(keep, free.tolist())], np.int64)
         self.tried += 1
+        self.failed += 1
         start = old if math.isfinite(cost_of(part, old)) else None
         answer = solve_presolved(part, start, seconds, self.seed + self.tried, self.most_columns, stop)
-        self.size = float(np.clip(self.size * (1.15 if answer.optimal else 0.85), SMALLEST, LARGEST))
+        self.budget = float(np.clip(self.budget * (GROW if answer.optimal else SHRINK), *BUDGETS))
         if answer.x is None or not lower(part, answer.x, old):
             return None
         self.improved += 1
+        self.failed = 0
         better = x.copy()
         better[free] = [chosen[s] for chosen, s in zip(keep, answer.x.tolist())]
         return better
+
+    def _shape(self) -> tuple[int, int]:
+        """Returns how many nodes to free and about how many choices to leave each.
+
+        From few nodes with all their choices to many with the likeliest, all within the budget of columns.
+        """
+        pairs = len(self.c.nbr) / (2 * max(1, self.c.n))
+        most = min(LARGEST, self.c.n, self.budget / (FEWEST + pairs * FEWEST**2))
+        nodes = max(1, int(most * SPREAD ** -self.rng.random()))
+        each = self.budget / nodes
+        choices = (math.sqrt(1 + 4 * pairs * each) - 1) / (2 * pairs) if pairs else each
+        return nodes, max(FEWEST, int(choices))
 
     def _neighbourhood(self, x: IntArray, size: int) -> IntArray:
         broken = forbidden_ends(self.c, x)
