@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 
 from autopar import cluster as room
@@ -140,13 +141,23 @@ def planning(names: Sequence[str], stages: bool, plot: str | None) -> None:
             raise UnknownName("case of the planning benchmark", name, CASES | STAGES)
     wanted = names or (*CASES, *(STAGES if stages else ()))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as fresh:
-        rows = [fresh.submit(_named, name).result() for name in wanted]
-        Console(width=130).print(table(rows))
+        grow_table((name, fresh.submit(_named, name)) for name in wanted)
         if plot:
-            deep = [fresh.submit(_deep, layers).result() for layers in LAYERS]
-            Console(width=130).print(table(deep))
+            deep = grow_table((f"{layers} layers", fresh.submit(_deep, layers)) for layers in LAYERS)
             growth_picture(deep, plot)
             click.echo(f"growth with layers: {plot}")
+
+
+def grow_table(runs: Iterable[tuple[str, Future[Row]]]) -> list[Row]:
+    """Returns the rows of runs, each begun when the one before has ended; shows the table as it grows."""
+    rows = list[Row]()
+    console = Console(width=130)
+    with Live(console=console, auto_refresh=False) as live:
+        for name, run in runs:
+            live.update(Group(table(rows), f"planning {name} …"), refresh=True)
+            rows.append(run.result())
+        live.update(table(rows), refresh=True)
+    return rows
 
 
 def table(rows: Sequence[Row]) -> Table:
