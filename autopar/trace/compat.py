@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
-from jax.extend.core import ClosedJaxpr, DebugInfo, DropVar, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 Atom: TypeAlias = Var | Literal
 
@@ -124,11 +124,6 @@ def evaluate(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     results = [variable(v.aval) for v in equation.outvars]
     one = equation.replace(invars=invars, outvars=results)
     return list(jaxpr_as_fun(ClosedJaxpr(make_jaxpr(inputs, results, [one]), ()))(*operands))
-
-
-def is_dropped(v: Any) -> bool:
-    """Returns whether an equation's result is never read."""
-    return isinstance(v, DropVar)
 
 
 def context_of(equation: JaxprEqn) -> Any:

@@ -150,8 +150,3 @@ def _short(names: list[str | None]) -> list[str | None]:
     if any(s[common:][0].isdigit() for s in split) and common:
         common -= 1
     return [None if n is None else "/".join(n.split("/")[common:]) for n in names]
-
-
-def is_marked(flat: Flat) -> bool:
-    """Returns whether any equation is known to belong to a layer."""
-    return any(m.layer is not None for m in flat.marks)
