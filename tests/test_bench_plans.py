@@ -123,7 +123,7 @@ def test_judged_cells_are_kept(tmp_path):
 
 def test_a_cell_from_plan_to_compiled_program():
     b = bench("mlp")
-    automatic = b.automatic()
+    automatic, _ = b.automatic()
     grid, spread = Expert("data x × model y", ("x",), ("y",)), Expert("data parallel", ("x", "y"))
     failed: list[tuple[str, str]] = []
     rows = list(replace(b, near=1.0).judge((grid, spread), failed))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+import autopar
 from autopar.api.tracing import Tracer
 from autopar.bench.experts import Expert, experts
 from autopar.bench.plan_cases import Case
+from autopar.bench.programs import Programs
 from autopar.bench.score import Score, predicted_wire, score
 from autopar.core.errors import PlanError
 from autopar.core.graph import Graph, Phase
@@ -76,7 +81,12 @@ class Draft(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """A model on a mesh. failed: (expert, why it was not judged)."""
+    """A model on a mesh.
+
+    Attributes:
+        failed: (expert, why it was not judged).
+        plan: what the automatic plan's layouts hash to. version: of autopar, as `version_of_code` says it.
+    """
 
     model: str
     mesh: str
@@ -84,6 +94,8 @@ class Cell:
     automatic: Row
     experts: tuple[Row, ...]
     failed: tuple[tuple[str, str], ...]
+    plan: str = ""
+    version: str = ""
 
     @property
     def best(self) -> Row:
@@ -101,7 +113,7 @@ class Bench:
     """A traced model on a mesh, ready to be planned and compiled in several ways.
 
     near: an expert's plan is compiled only if it is predicted to take at most so many times as long as the
-    best expert's; 0: no expert is judged.
+    best expert's; 0: no expert is judged. programs: those that are compiled already.
     """
 
     case: Case
@@ -111,11 +123,17 @@ class Bench:
     near: float = math.inf
     seconds: float = 10.0
     gap: float = 1e-3
+    programs: Programs = field(default_factory=Programs)
+    rows: dict[str, Row] = field(default_factory=dict)
 
     @classmethod
     def of(cls, case: Case, mesh: Mesh, steps: int = 0, near: float = math.inf) -> Bench:
         traced = Tracer(case.step.step, case.step.args, {}, layer_scans=False)(1, False)
         return cls(case, mesh, traced, steps, near)
+
+    def on(self, mesh: Mesh) -> Bench:
+        """Returns the same trace on the same number of other devices; programs are shared."""
+        return replace(self, mesh=mesh, rows={})
 
     @property
     def graph(self) -> Graph:
@@ -127,9 +145,10 @@ class Bench:
             pinned=pins, gap=self.gap, seconds=self.seconds, dtypes=types.dtypes, products=types.products
         )
 
-    def automatic(self) -> Row:
-        """Returns the row of the planner's own plan."""
-        return self.planned("automatic", "", self.draft(()))
+    def automatic(self) -> tuple[Row, ShardingPlan]:
+        """Returns the row of the planner's own plan, and that."""
+        draft = self.draft(())
+        return self.planned("automatic", "", draft), draft.plan
 
     def draft(self, pins: Pins) -> Draft:
         """Returns the best plan with these layouts pinned. Raises PlanError."""
@@ -178,18 +197,21 @@ class Bench:
                 yield self.written(expert)
 
     def compiled(self, name: str, variant: str, found: ShardingPlan, planning: float) -> Row:
-        """Returns the row of a plan of this trace."""
-        start = time.perf_counter()
+        """Returns the row of a plan of this trace; plans with equal layouts share theirs."""
+        said = fingerprint(found)
+        if said not in self.rows:
+            self.rows[said] = self._judged(found)
+        return replace(self.rows[said], name=name, variant=variant, planning=planning)
+
+    def _judged(self, found: ShardingPlan) -> Row:
         lowered = lower(self.traced, step_segment(self.graph), found, jax_mesh(self.mesh, self._devices))
-        donated = tuple(sorted({i for _, i in self.graph.aliases}))
-        jitted = Compiled(lowered, donated).jitted
+        replaced = {i: o for o, i in self.graph.aliases}
+        jitted = Compiled(lowered, tuple(sorted(replaced)), heirs(self.graph)).jitted
         ready = jitted.lower(*lowered.inputs)  # type: ignore[attr-defined]
-        program = ready.compile(compiler_options=STRUCTURE)
-        spent = time.perf_counter() - start
+        program = self.programs.compiled(ready, STRUCTURE)
         measured = timed(ready.compile(), lowered, self.steps) if self.steps else None
-        return Row(
-            name, variant, score(program, self.mesh), planning=planning, compiling=spent, step=measured
-        )
+        judged = score(program.text, program.peak, self.mesh)
+        return Row("", "", judged, compiling=program.compiling, step=measured)
 
     @property
     def _devices(self) -> list[Any]:
@@ -198,10 +220,32 @@ class Bench:
 
 def cell(bench: Bench, label: str) -> Cell:
     """Returns the comparison of a model's plans on a mesh, which is called `label`."""
-    automatic = bench.automatic()
+    automatic, found = bench.automatic()
     failed: list[tuple[str, str]] = []
     rows = tuple(bench.judge(experts(bench.mesh, bench.case) if bench.near > 0 else (), failed))
-    return Cell(bench.case.name, label, bench.mesh.device.name, automatic, rows, tuple(failed))
+    made = Cell(bench.case.name, label, bench.mesh.device.name, automatic, rows, tuple(failed))
+    return replace(made, plan=fingerprint(found), version=version_of_code())
+
+
+def fingerprint(found: ShardingPlan) -> str:
+    """Returns a short name for what a plan compiles to: equal for plans of one step with equal layouts."""
+    said = (found.mesh.shape, found.specs, found.uses, found.partials, found.loops)
+    types = (found.dtypes, found.products, found.regather)
+    return hashlib.sha256(repr((said, types)).encode()).hexdigest()[:12]
+
+
+def version_of_code() -> str:
+    """Returns the commit that the package was checked out at, or its version where it is installed."""
+    command = ["git", "-C", str(Path(autopar.__file__).parent), "describe", "--always", "--dirty"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    return said.stdout.strip() if said.returncode == 0 else autopar.__version__
+
+
+def heirs(graph: Graph) -> dict[int, int]:
+    """Returns position of old state among the step's inputs → that of the new one among its outputs."""
+    places = {v: k for k, v in enumerate(step_segment(graph).outputs)}
+    news = ((i, graph.outputs[o]) for o, i in graph.aliases)
+    return {i: places[v] for i, v in news if v is not None}
 
 
 def step_segment(graph: Graph) -> Segment:

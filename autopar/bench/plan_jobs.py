@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from autopar.bench.plan_cell import Cell, Row
@@ -50,6 +52,11 @@ class Done:
 class Kept:
     """Cells that are judged, in a file if one is given."""
 
+    @property
+    def programs(self) -> Path | None:
+        """The folder beside the file in which compiled programs are kept."""
+        return None if self.path is None else self.path.resolve().with_suffix(".programs")
+
     def __init__(self, path: Path | None) -> None:
         self.path, self.lock = path, threading.Lock()
         self.found: dict[Job, Done] = {}
@@ -80,30 +87,55 @@ def run(jobs: Sequence[Job], kept: Kept, at_once: int, start: Callable[[Job], No
         at_once: processes. start: is called when a job's process begins.
     """
     yield from (kept.found[job] for job in jobs if job in kept.found)
+    ready: SimpleQueue[Done | None] = SimpleQueue()
 
-    def judge(job: Job) -> Done:
-        start(job)
-        done = apart(job)
-        kept.add(done)
-        return done
+    def judge(alike: Sequence[Job]) -> None:
+        start(alike[0])
+        try:
+            for done in apart(alike, kept.programs):
+                kept.add(done)
+                ready.put(done)
+        finally:
+            ready.put(None)
 
     with ThreadPoolExecutor(at_once) as pool:
-        waiting = [pool.submit(judge, job) for job in jobs if job not in kept.found]
+        waiting = [pool.submit(judge, g) for g in groups([job for job in jobs if job not in kept.found])]
         try:
-            for future in as_completed(waiting):
-                yield future.result()
+            left = len(waiting)
+            while left:
+                done = ready.get()
+                left -= done is None
+                if done is not None:
+                    yield done
+            for future in waiting:
+                future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def apart(job: Job) -> Done:
-    """Returns a job's cell, judged in a process of its own."""
-    command = [sys.executable, "-m", "autopar.bench.plan_jobs", json.dumps(asdict(job))]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        return Done(job, error=(ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1])
-    return Done(job, cell_of(json.loads(ran.stdout.splitlines()[-1])))
+def groups(jobs: Sequence[Job]) -> list[tuple[Job, ...]]:
+    """Returns the jobs that differ in their device only together: they share a trace and a process."""
+    found: dict[Job, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(replace(job, device=""), []).append(job)
+    return [tuple(each) for each in found.values()]
+
+
+def apart(jobs: Sequence[Job], programs: Path | None) -> Iterator[Done]:
+    """Yields the cells of jobs that differ in their device only, judged in a process of their own."""
+    asked = json.dumps({"jobs": [asdict(job) for job in jobs], "programs": programs and str(programs)})
+    command = [sys.executable, "-m", "autopar.bench.plan_jobs", asked]
+    left = list(jobs)
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                job, said = left.pop(0), json.loads(line)
+                yield Done(job, error=said["error"]) if "error" in said else Done(job, cell_of(said))
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+    yield from (Done(job, error=last) for job in left)
 
 
 def cell_of(data: dict[str, Any]) -> Cell:
@@ -115,24 +147,31 @@ def cell_of(data: dict[str, Any]) -> Cell:
 
     experts, failed = map(row, data["experts"]), [(name, why) for name, why in data["failed"]]
     model, mesh, device = (str(data[name]) for name in ("model", "mesh", "device"))
-    return Cell(model, mesh, device, row(data["automatic"]), tuple(experts), tuple(failed))
+    made = {name: str(data.get(name, "")) for name in ("plan", "version")}
+    return Cell(model, mesh, device, row(data["automatic"]), tuple(experts), tuple(failed), **made)
 
 
 def main(text: str) -> None:
-    """Judges a job and prints its cell as JSON, on the last line."""
+    """Judges jobs that differ in their device only; prints a line of JSON for each, its cell or an error."""
     import autopar
     from autopar.bench.plan_cases import case, mesh_of
     from autopar.bench.plan_cell import Bench, cell
 
-    job = Job(**json.loads(text))
+    asked = json.loads(text)
+    jobs = [Job(**each) for each in asked["jobs"]]
+    first, meshes = jobs[0], [mesh_of(job.mesh, job.device, job.network) for job in jobs]
+    autopar.emulate(meshes[0].size)
     try:
-        mesh = mesh_of(job.mesh, job.device, job.network)
-        autopar.emulate(mesh.size)
-        near = {} if job.near is None else {"near": job.near}
-        found = cell(Bench.of(case(job.model, mesh.size), mesh, job.steps, **near), job.mesh)
+        near = {} if first.near is None else {"near": first.near}
+        bench = Bench.of(case(first.model, meshes[0].size), meshes[0], first.steps, **near)
     except AutoparError as error:
         sys.exit(f"{type(error).__name__}: {error}".replace("\n", " "))
-    print(json.dumps(asdict(found)))
+    bench.programs.folder = asked["programs"] and Path(asked["programs"])
+    for mesh in meshes:
+        try:
+            print(json.dumps(asdict(cell(bench.on(mesh), first.mesh))), flush=True)
+        except AutoparError as error:
+            print(json.dumps({"error": f"{type(error).__name__}: {error}".replace("\n", " ")}), flush=True)
 
 
 if __name__ == "__main__":
