@@ -12,9 +12,10 @@ from autopar.core.timeline import Timeline
 from autopar.runtime.array import Generation
 from autopar.runtime.backend import Backend, Session, StageMemory
 from autopar.runtime.feeds import Feeder
+from autopar.runtime.picks import getter
 from autopar.runtime.results import Results, positions_of
 from autopar.runtime.signature import Signature
-from autopar.runtime.state import State, getter
+from autopar.runtime.state import State
 
 Array = Any
 

@@ -77,6 +77,7 @@ class InProcessSession:
             Interpreter(worker, self.segments, self.transport.post(s), lambda b, s=s: self.sharding(s, b))
             for s, worker in enumerate(program)
         ]
+        self._seen: list[dict[Buffer, Any]] = [{} for _ in program]
         self._pools = [Pool(interpreter) for interpreter in self.interpreters]
 
     def sibling(
@@ -210,15 +211,25 @@ class InProcessSession:
 
     def _feed(self, feeds: Sequence[Mapping[Buffer, Array]]) -> None:
         for stage, feed in enumerate(feeds):
-            once, moving, places = self._read_once[stage], dict[Buffer, Array](), self._fed[stage]
+            once, moving = self._read_once[stage], dict[Buffer, Array]()
             for buffer, x in feed.items():
-                local = isinstance(x, jax.Array) and _lies(x, places[buffer])
+                local = isinstance(x, jax.Array) and self._local(stage, buffer, x)
                 if not local and not (buffer in once and not isinstance(x, jax.Array)):
                     moving[buffer] = x
             if moving:
-                placed = jax.device_put(list(moving.values()), [places[b] for b in moving])
+                placed = jax.device_put(list(moving.values()), [self._fed[stage][b] for b in moving])
                 feed = {**feed, **dict(zip(moving, placed))}
             self.interpreters[stage].load(feed)
+
+    def _local(self, stage: int, buffer: Buffer, x: jax.Array) -> bool:
+        """Whether a feed lies where it should: at once if it lies as the last one did that was looked at."""
+        lies, seen = x.sharding, self._seen[stage]
+        if seen.get(buffer) is not lies:
+            place = self._fed[stage][buffer]
+            if not (lies == place or lies.is_equivalent_to(place, x.ndim)):
+                return False
+            seen[buffer] = lies
+        return True
 
     @cached_property
     def _fed(self) -> list[dict[Buffer, jax.sharding.NamedSharding]]:
@@ -233,11 +244,6 @@ class InProcessSession:
             if operation is not None:
                 operations.append((operation, self.program.workers[stage].instructions[position]))
         return operations
-
-
-def _lies(x: jax.Array, sharding: jax.sharding.NamedSharding) -> bool:
-    """Whether an array lies as wanted: in the same words, or in others that mean the same."""
-    return x.sharding == sharding or x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
 def dispatch_order(program: Program) -> list[tuple[int, int]]:

@@ -10,7 +10,6 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import itemgetter
 from typing import Any, Protocol
 
 import jax
@@ -30,6 +29,7 @@ from autopar.core.program import (
 )
 from autopar.core.timeline import Event
 from autopar.runtime import kernels
+from autopar.runtime.picks import getter, putter
 
 Array = Any
 Registers = list[Any]
@@ -72,6 +72,7 @@ class Interpreter:
         self._registers: Registers = [None] * len(self._index)
         self._last_piece = _last_pieces(worker.instructions)
         self._dies = _dies_next(worker.instructions)
+        self._absorbed, self._made = set[int](), dict[int, Sequence[Buffer]]()
         self.operations = [self._bind(i) for i in range(len(worker.instructions))]
 
     # -- buffers
@@ -85,7 +86,7 @@ class Interpreter:
         """Returns what buffers hold now (None: nothing)."""
         return [self._registers[self._index[buffer]] for buffer in buffers]
 
-    def getter(self, buffers: Sequence[Buffer]) -> Callable[[], tuple[Array, ...]]:
+    def getter(self, buffers: Sequence[Buffer]) -> Callable[[], Sequence[Array]]:
         """Returns a function that fetches these buffers, for callers that fetch them every step."""
         get = self._get(buffers)
         return lambda: get(self._registers)
@@ -145,7 +146,7 @@ class Interpreter:
             begun = time.perf_counter()
             done = self.operations[at](self._registers)
             assert done is not False, "measured steps need a transport that waits"
-            jax.block_until_ready(self.fetch(writes(instruction)))
+            jax.block_until_ready(self.fetch(self._made.get(at) or writes(instruction)))
             if not isinstance(instruction, Free | Rename):
                 stop = time.perf_counter()
                 events.append(_event(self.worker.stage, instruction, begun - start, stop - start))
@@ -153,33 +154,16 @@ class Interpreter:
 
     # -- binding
 
-    def _get(self, buffers: Sequence[Buffer]) -> Callable[[Registers], tuple[Array, ...]]:
-        index = [self._index[buffer] for buffer in buffers]
-        if len(index) == 1:
-            only = index[0]
-            return lambda registers: (registers[only],)
-        return itemgetter(*index) if index else lambda registers: ()
+    def _get(self, buffers: Sequence[Buffer]) -> Callable[[Registers], Sequence[Array]]:
+        return getter([self._index[buffer] for buffer in buffers])
 
-    def _put(self, buffers: Sequence[Buffer]) -> Callable[[Registers, Iterable[Array]], None]:
-        index = [self._index[buffer] for buffer in buffers]
-        if index and index == list(range(index[0], index[0] + len(index))):
-            place = slice(index[0], index[0] + len(index))
-
-            def put_side_by_side(registers: Registers, arrays: Iterable[Array]) -> None:
-                registers[place] = arrays
-
-            return put_side_by_side
-
-        def put(registers: Registers, arrays: Iterable[Array]) -> None:
-            for i, array in zip(index, arrays, strict=True):
-                registers[i] = array
-
-        return put
+    def _put(self, buffers: Sequence[Buffer]) -> Callable[[Registers, Sequence[Array]], None]:
+        return putter([self._index[buffer] for buffer in buffers])
 
     def _bind(self, position: int) -> Operation:
         match instruction := self.worker.instructions[position]:
             case Run():
-                return self._run(instruction)
+                return self._run(position, instruction)
             case Send():
                 return self._send(instruction)
             case Recv():
@@ -188,23 +172,47 @@ class Interpreter:
                 return self._append(instruction, final=position in self._last_piece)
             case Accumulate():
                 return self._accumulate(instruction, donate=position in self._dies)
+            case _ if position in self._absorbed:
+                return _nothing
             case Rename():
-                follows = position > 0 and isinstance(self.worker.instructions[position - 1], Rename)
-                return _nothing if follows else self._renames(position)
+                return self._renames(position)
             case Free(buffers=buffers):
                 return self._drop([self._index[buffer] for buffer in buffers])
 
-    def _run(self, run: Run) -> Operation:
-        function, get, put = self._functions[run.segment], self._get(run.inputs), self._put(run.outputs)
-        dead = [self._index[run.inputs[k]] for k in run.donated]
+    def _run(self, position: int, run: Run) -> Operation:
+        """A Run, its results put where the Renames after it would put them."""
+        names, freed = self._absorb(position, run)
+        self._made[position] = names
+        function, get, put = self._functions[run.segment], self._get(run.inputs), self._put(names)
+        gone = dict.fromkeys([*(run.inputs[k] for k in run.donated), *freed])
+        dead = [self._index[buffer] for buffer in gone.keys() - {*names}]
 
         def operation(registers: Registers) -> None:
-            outputs = function(*get(registers))
-            for i in dead:  # before the outputs: one of them may take a dead buffer's name
+            put(registers, function(*get(registers)))
+            for i in dead:
                 registers[i] = None
-            put(registers, outputs)
 
         return operation
+
+    def _absorb(self, position: int, run: Run) -> tuple[list[Buffer], list[Buffer]]:
+        """Returns what a Run's outputs are called, and what is free, after the Frees and Renames that follow it.
+
+        As far as those only give its outputs other names: they have nothing left to do then.
+        """
+        names, freed = {buffer: buffer for buffer in run.outputs}, list[Buffer]()
+        for at in range(position + 1, len(self.worker.instructions)):
+            match self.worker.instructions[at]:
+                case Free(buffers=buffers) if not {*buffers} & {*names.values()}:
+                    freed.extend(buffers)
+                case Rename(old=old, new=new) if names.get(old) == old and self._lies_alike(old, new):
+                    names[old] = new
+                case _:
+                    break
+            self._absorbed.add(at)
+        return list(names.values()), freed
+
+    def _lies_alike(self, a: Buffer, b: Buffer) -> bool:
+        return self._sharding(a) == self._sharding(b)
 
     def _send(self, send: Send) -> Operation:
         get, transport = self._get(send.buffers), self._transport
@@ -254,16 +262,18 @@ class Interpreter:
         return operation
 
     def _renames(self, first: int) -> Operation:
-        """All Renames from this position on; those after the first have nothing left to do.
+        """All Renames in a row from this position on; those after the first have nothing left to do.
 
         State that was made or read in another layout before it takes its name is moved to its own.
         """
         pairs: list[tuple[int, int, Any]] = []
-        for rename in itertools.takewhile(lambda i: isinstance(i, Rename), self.worker.instructions[first:]):
-            assert isinstance(rename, Rename)
-            layouts = self._sharding(rename.old), self._sharding(rename.new)
-            place = None if layouts[0] == layouts[1] else kernels.begin(1.0, layouts[1:], True)
+        for at, rename in enumerate(self.worker.instructions[first:], first):
+            if not isinstance(rename, Rename):
+                break
+            same = self._lies_alike(rename.old, rename.new)
+            place = None if same else kernels.begin(1.0, (self._sharding(rename.new),), True)
             pairs.append((self._index[rename.old], self._index[rename.new], place))
+            self._absorbed.add(at)
 
         def operation(registers: Registers) -> None:
             for source, target, place in pairs:

@@ -51,11 +51,12 @@ class Results:
     def __call__(self, generation: Generation) -> Sequence[Any]:
         """Returns the leaves of the step that was just started; its state goes stale with `generation`."""
         if self._pick is not None:
-            return self._pick([x for fetch in self._fetch for x in fetch()()])
+            first, *others = [fetch()() for fetch in self._fetch]
+            return self._pick(first if not others else [*first, *(x for more in others for x in more)])
         waits = [functools.cache(fetch()) for fetch in self._fetch]
         return [self._leaf(k, waits, generation) for k in range(len(self._leaves))]
 
-    def _picker(self, counts: list[int]) -> Callable[[list[Array]], Sequence[Array]] | None:
+    def _picker(self, counts: list[int]) -> Callable[[Sequence[Array]], Sequence[Array]] | None:
         """What picks the leaves from all that was fetched, where every leaf is one array; else None."""
         if len(self._homes) < 2 or any(len(home.pieces) != 1 for home in self._homes):
             return None

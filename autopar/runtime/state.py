@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from operator import is_, itemgetter
+from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from autopar.core.program import Buffer, Program
 from autopar.runtime.array import DistributedArray
 from autopar.runtime.backend import Session
 from autopar.runtime.feeds import read
+from autopar.runtime.picks import getter, putter
 
 Array = Any
 _NOTHING = object()
@@ -42,8 +43,8 @@ class State:
         donate: bool,
     ):
         self._leaves, self._session = tuple(leaves), session
-        self._places = [leaf for _, leaf in replaced]
         self._renewed = getter([result for result, _ in replaced])
+        self._hold = putter([leaf for _, leaf in replaced])
         self._sizes, self._donate = sizes, donate
         self._held: list[Any] = [_NOTHING] * len(self._leaves)
         self._holders: dict[int, list[int]] = defaultdict(list)
@@ -78,8 +79,7 @@ class State:
 
     def renew(self, results: Sequence[Any]) -> None:
         """Notes that the workers now hold these results as their state."""
-        for k, array in zip(self._places, self._renewed(results)):
-            self._held[k] = array
+        self._hold(self._held, self._renewed(results))
 
     def forget(self) -> None:
         """Notes that the workers hold nothing any more."""
@@ -93,10 +93,3 @@ class State:
             return [(Buffer(values[0]), x)]
         ends = np.cumsum([self._sizes[v][0] for v in values])
         return [(Buffer(v), x[end - self._sizes[v][0] : end]) for v, end in zip(values, ends)]
-
-
-def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """Returns a function that picks these positions of a sequence (`itemgetter`, for any number of them)."""
-    if len(positions) > 1:
-        return itemgetter(*positions)
-    return lambda items: [items[k] for k in positions]
