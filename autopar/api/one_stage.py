@@ -37,9 +37,9 @@ from autopar.trace.traced import Traced
 
 OneStage: TypeAlias = ShardParallel | Manual | Follow | CreateState
 
-FULL, SLOWED = 0.7, 1.02
-"""A plan that takes less of a device is not short of memory; nor is one that needs no more time than so many
-times what it would need without a limit."""
+SLOWED = 1.02
+"""A plan that needs no more time than so many times what it would need without a limit is not short of
+memory."""
 
 
 def one_stage(tracer: Tracer, cluster: Cluster, method: OneStage, say: Say) -> Made:
@@ -155,7 +155,7 @@ def _is_short(made: Made, choice: MeshChoice) -> bool:
     """Whether a plan on this mesh would be faster if its devices had more memory."""
     (stage,) = made.plan.stages
     own: ShardingPlan = stage.sharding
-    if stage.mesh != choice.mesh or own.memory.peak < FULL * own.memory.limit:
+    if stage.mesh != choice.mesh or not own.memory.tight:
         return False
     graph = made.traced.graph
     options = replace(stage_options(graph, choice.mesh), limit=layers.UNLIMITED, regather=False)

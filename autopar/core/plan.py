@@ -13,6 +13,10 @@ from autopar.core.spec import Spec
 VERSION = 2
 
 
+TIGHT = 0.7
+"""A plan that takes less of a device is not short of memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes on one device.
@@ -34,6 +38,11 @@ class Memory:
     @property
     def peak(self) -> int:
         return self.state + self.activations * self.in_flight + self.workspace
+
+    @property
+    def tight(self) -> bool:
+        """Whether so much of the device is taken that it matters when memory is freed."""
+        return self.peak > TIGHT * self.limit
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,11 @@ def abstract_mesh(mesh: Mesh) -> AbstractMesh:
     return AbstractMesh(mesh.shape, mesh.names, axis_types=(AxisType.Auto,) * len(mesh.names))
 
 
+def on_host(jmesh: JaxMesh) -> bool:
+    """Returns whether a mesh has devices, and these are CPUs."""
+    return isinstance(jmesh, jax.sharding.Mesh) and jmesh.devices.flat[0].platform == "cpu"
+
+
 @functools.cache
 def named(jmesh: JaxMesh, spec: Spec) -> NamedSharding:
     """Returns the sharding of `spec` on `jmesh`, the same object each time: that keeps dispatch fast."""

@@ -7,7 +7,7 @@ times as much.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ from autopar.core.graph import Equation, Phase
 from autopar.core.plan import LoopLayouts, ShardingPlan
 from autopar.core.program import Segment
 from autopar.core.spec import Spec, replicated
-from autopar.runtime.layout import JaxMesh, named, struct
+from autopar.runtime.layout import JaxMesh, named, on_host, struct
+from autopar.runtime.order import KEEPING_ORDER, joins
 from autopar.sharding.resharding import hops
 from autopar.trace import evaluate
 
 Array = Any
+NO_JOINS: Mapping[int, Sequence[int]] = {}
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,19 @@ class Lowered:
         name: of the segment.
         fun: list of inputs → list of outputs, pure.
         inputs, outputs: shape, dtype and layout of each.
+        options: for the compiler.
     """
 
     name: str
     fun: Callable[[Sequence[Array]], list[Array]]
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     outputs: tuple[jax.ShapeDtypeStruct, ...]
+    options: Mapping[str, str] | None = None
 
 
-def lower(traced: Any, segment: Segment, sharding: ShardingPlan, jmesh: JaxMesh) -> Lowered:
+def lower(
+    traced: Any, segment: Segment, sharding: ShardingPlan, jmesh: JaxMesh, ordered: bool | None = None
+) -> Lowered:
     """Returns the function of a segment on a mesh.
 
     Args:
@@ -48,11 +54,19 @@ def lower(traced: Any, segment: Segment, sharding: ShardingPlan, jmesh: JaxMesh)
         segment: which equations.
         sharding: the plan of the segment's stage.
         jmesh: the stage's mesh; an `AbstractMesh` will do for lowering and export.
+        ordered: hold the program to the order of the equations where memory depends on it
+            (`autopar.runtime.order`); None: if the plan is short of memory, since gradients then are summed
+            before the backward goes on, which a compiler could overlap otherwise.
 
     Raises:
         PlanError: an input or output whose layout does not divide its shape.
     """
     values = traced.graph.values
+    after = (
+        joins(traced.graph, segment.equations)
+        if ordered or (ordered is None and sharding.memory.tight)
+        else {}
+    )
 
     def boundary(v: int) -> jax.ShapeDtypeStruct:
         spec = sharding.layout.get(v, replicated(len(values[v].shape)))
@@ -60,11 +74,15 @@ def lower(traced: Any, segment: Segment, sharding: ShardingPlan, jmesh: JaxMesh)
         return struct(jmesh, values[v].shape, sharding.dtype(values[v].dtype), spec, name)
 
     def fun(arrays: Sequence[Array]) -> list[Array]:
-        run = _Evaluation(traced, _Layouts.of(sharding), _Target(sharding, jmesh))
+        run = _Evaluation(traced, _Layouts.of(sharding), _Target(sharding, jmesh), after)
         return run(segment.equations, dict(zip(segment.inputs, arrays, strict=True)), segment.outputs)
 
     return Lowered(
-        segment.name, fun, tuple(map(boundary, segment.inputs)), tuple(map(boundary, segment.outputs))
+        segment.name,
+        fun,
+        tuple(map(boundary, segment.inputs)),
+        tuple(map(boundary, segment.outputs)),
+        KEEPING_ORDER if after and on_host(jmesh) else None,
     )
 
 
@@ -119,8 +137,10 @@ class _Target:
 class _Evaluation:
     """One evaluation of equations under their layouts. Moves are kept, so that equal readers share one."""
 
-    def __init__(self, traced: Any, layouts: _Layouts, target: _Target):
-        self.traced, self.layouts, self.target = traced, layouts, target
+    def __init__(
+        self, traced: Any, layouts: _Layouts, target: _Target, joins: Mapping[int, Sequence[int]] = NO_JOINS
+    ):
+        self.traced, self.layouts, self.target, self.joins = traced, layouts, target, joins
         self._moved: dict[tuple[int, Spec, bool], Array] = {}
 
     def fresh(self) -> _Evaluation:
@@ -137,8 +157,19 @@ class _Evaluation:
             results = self._bind(e, equation, operands)
             for k, (v, x) in enumerate(zip(equation.outputs, results, strict=True)):
                 env[v] = self._keep(e, k, v, x)
+            self._join(self.joins.get(e, ()), env)
         assert None not in outputs, "segments and loop bodies return no literals"
         return [env[v] for v in outputs if v is not None]
+
+    def _join(self, values: Sequence[int], env: dict[int, Array]) -> None:
+        """Lets nobody read one of these values before all of them have been computed."""
+        if not values:
+            return
+        moved = [key for key in self._moved if key[0] in values]
+        arrays = [*(env[v] for v in values), *(self._moved[key] for key in moved)]
+        joined = jax.lax.optimization_barrier(arrays)
+        env.update(zip(values, joined))
+        self._moved.update(zip(moved, joined[len(values) :], strict=True))
 
     def _bind(self, e: int, equation: Equation, operands: list[Array]) -> Sequence[Array]:
         if equation.loop is None or e not in self.layouts.loops:

@@ -60,6 +60,8 @@ def usage(
 
     def keep(key: Key, home: Home, span: tuple[int, int, bool]) -> None:
         start, stop, residual = span
+        if region.whole and not key[0] and key[1] in region.arriving:  # the caller's, who may keep it
+            start, stop = 0, end if region.microbatches == 1 else turn
         if residual and region.whole and in_flight == 1:  # one program: freed as the backward goes
             add(key, home, start, stop, RESIDUAL)
         elif residual:
@@ -246,10 +248,10 @@ def _passing_by(model: Model, local: Local, nbytes: Callable[[Value], int]) -> l
         add(read.key, read.target.node, tick, each - each.min())
     for step in model.steps:
         for k, v in enumerate(step.equation.outputs):
-            made, kept = step.ways.made[k], step.ways.results[k]
-            if made is not kept and (whole := local.parts(made) < local.parts(kept)).any():
+            beside = step.ways.resolving[k]
+            if beside.any():
                 size = nbytes(model.value((step.path, v)))
-                add((step.path, v), step.node, step.tick, local(size, made) * whole)
+                add((step.path, v), step.node, step.tick, local(size, step.ways.made[k]) * beside)
     return found
 
 

@@ -35,8 +35,9 @@ def second_layouts(
 ) -> list[Held]:
     """Returns what a choice holds beside every value's own layout.
 
-    A moved value lives from its first reader to its last in the same program; a result whose partial sums are
-    scattered exists whole on the way.
+    A moved value lives from its first reader to its last in the same program. Partial sums exist beside
+    what they are reduced to; where that is scattered, a compiler without reduce-scatter makes the whole
+    sum first.
     """
 
     def at(home: Home) -> Layout:
@@ -59,8 +60,8 @@ def second_layouts(
     found = [Held(key, a, b + 1, size(key, layout)) for (key, layout, _), (a, b) in spans.items()]
     for step in model.steps:
         way = step.ways[chosen[step.node]]
-        for v, made, kept in zip(step.equation.outputs, way.made, way.results, strict=True):
-            key = step.path, v
-            if made != kept and grid.shards(made) < grid.shards(kept):
-                found.append(Held(key, step.tick, step.tick + 1, size(key, made)))
+        for v, made, times in zip(step.equation.outputs, way.made, way.resolving, strict=True):
+            if times:
+                key = step.path, v
+                found.append(Held(key, step.tick, step.tick + 1, times * size(key, made)))
     return found

@@ -74,6 +74,17 @@ class Strategy:
         """Seconds of computation and communication."""
         return self.seconds + sum(t.seconds for t in self.traffic)
 
+    @property
+    def resolving(self) -> tuple[int, ...]:
+        """Per result, how many buffers as large as its partial sums exist beside it while these are reduced.
+
+        The sums themselves; where they are scattered a compiler without reduce-scatter makes them whole
+        first.
+        """
+        summed = {t.result for t in self.traffic}
+        pairs = zip(self.made, self.results, strict=True)
+        return tuple(0 if k not in summed else 1 if a == b else 2 for k, (a, b) in enumerate(pairs))
+
 
 class Ways(tuple[Strategy, ...]):
     """The ways to run an operation.
@@ -97,6 +108,11 @@ class Ways(tuple[Strategy, ...]):
     def results(self) -> tuple[tuple[Layout, ...], ...]:
         """Per result, the layout in which each way leaves it."""
         return tuple(zip(*(way.results for way in self), strict=True))
+
+    @functools.cached_property
+    def resolving(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """Per result, `Strategy.resolving` of each way."""
+        return tuple(map(np.array, zip(*(way.resolving for way in self), strict=True)))
 
     @functools.cached_property
     def totals(self) -> npt.NDArray[np.float64]:

@@ -1,0 +1,65 @@
+"""Where a step's program is held to the order of its equations, so that memory is freed when the plan says.
+
+A compiler is free to compute gradients of weights after the whole chain of cotangents, and some do (XLA's
+scheduler for CPUs goes down the chain first): everything that these products read stays alive meanwhile. So
+gradients that nothing of the backward waits for are joined with the cotangents that go on to the rest of it,
+by one barrier: who reads the cotangents reads them after the gradients have been computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autopar.core.graph import Graph, OpKind, Phase
+
+KEEPING_ORDER = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
+"""Options of XLA's compiler for CPUs, which would drop barriers before it orders kernels."""
+
+_INSIDE = (OpKind.FUSED, OpKind.VIEW)
+"""What a compiler computes inside of its readers, if there is one reader only."""
+
+
+def joins(graph: Graph, equations: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """Returns equation → the values to be joined right after it: gradients made so far, and all cotangents
+    that later equations of the backward read.
+
+    Joined is where every cotangent is in memory anyway, so that nothing is written for the barrier's sake.
+
+    Args:
+        equations: of one program, in order.
+    """
+    backward = [e for e in equations if graph.equations[e].phase is Phase.BACKWARD]
+    readers = _readers(graph, backward)
+    found: dict[int, tuple[int, ...]] = {}
+    waiting: list[int] = []
+    passing: dict[int, bool] = {}  # cotangents that are still to be read → whether they are in memory
+    for e in backward:
+        equation = graph.equations[e]
+        for v in equation.operands:
+            if v in readers and readers[v][-1] == e:
+                passing.pop(v, None)
+        for v in equation.outputs:
+            if v in readers:
+                passing[v] = equation.kind not in _INSIDE or len(readers[v]) > 1
+            elif equation.kind not in _INSIDE and graph.values[v].shape:
+                waiting.append(v)
+        if waiting and passing and all(passing.values()):
+            found[e] = (*waiting, *passing)
+            waiting = []
+    return found
+
+
+def _readers(graph: Graph, backward: Sequence[int]) -> dict[int, list[int]]:
+    """Returns value → the equations of the backward that read it; views of what only the update or the
+    caller reads are no readers."""
+    readers: dict[int, list[int]] = {}
+    for e in reversed(backward):
+        equation = graph.equations[e]
+        if equation.kind is OpKind.VIEW and not any(v in readers for v in equation.outputs):
+            continue
+        for v in dict.fromkeys(equation.operands):
+            readers.setdefault(v, []).insert(0, e)
+    return readers
