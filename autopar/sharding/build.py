@@ -49,6 +49,8 @@ class Builder:
         self.pinned = {v for v, _ in options.pinned}
         self.model = Model()
         self.state_nodes: set[int] = set()
+        self.ops: dict[tuple[object, ...], Op] = {}
+        self.followed: dict[tuple[int, int, int], tuple[Op, tuple[Layout, ...], Ways]] = {}
 
     def build(self) -> Model:
         """Returns the model."""
@@ -138,7 +140,16 @@ class Builder:
             self.follow(scope, i, e, op, tensors, leader)
 
     def op_of(self, scope: Scope, e: Equation) -> Op:
-        """Returns what the equation's strategies depend on."""
+        """Returns what the strategies depend on: one object for equations of one rule and shapes."""
+        values = scope.values
+        shapes = [None if v is None else (values[v].shape, values[v].dtype) for v in e.inputs]
+        made = [(values[v].shape, values[v].dtype) for v in e.outputs]
+        key = id(e.rule), e.kind, e.flops, *shapes, *made
+        if key not in self.ops:
+            self.ops[key] = self.new_op(scope, e)
+        return self.ops[key]
+
+    def new_op(self, scope: Scope, e: Equation) -> Op:
         assert e.rule is not None, "only equations with a rule have strategies"
         values = [None if v is None else scope.values[v] for v in e.inputs]
         first = next((v for v in values if v is not None), None)
@@ -199,8 +210,14 @@ class Builder:
     ) -> None:
         """Puts an equation on the node of the operand it follows."""
         home = self.model.homes[dict(tensors)[main]]
-        ways = follow_all(op, main, home.layouts, self.grid)
-        self.run(scope, i, e, home.node, ways, tensors)
+        key = (
+            id(op),
+            main,
+            id(home.layouts),
+        )  # hashing an operation and its layouts takes longer than the rest
+        if key not in self.followed:
+            self.followed[key] = op, home.layouts, follow_all(op, main, home.layouts, self.grid)
+        self.run(scope, i, e, home.node, self.followed[key][2], tensors)
 
     def choose(self, scope: Scope, i: int, e: Equation, op: Op, tensors: list[tuple[int, Key]]) -> None:
         """Gives an equation a node of its own."""

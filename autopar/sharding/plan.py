@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from autopar.sharding.assemble import Costs, assemble
 from autopar.sharding.build import Builder
 from autopar.sharding.copies import share_reads
 from autopar.sharding.grid import Grid, grid_of
-from autopar.sharding.memory import BY, Item, totals, usage
+from autopar.sharding.memory import BY, STATE, Item, totals, usage
 from autopar.sharding.model import Model
 from autopar.sharding.moved import second_layouts
 from autopar.sharding.options import Options
@@ -65,6 +66,7 @@ class Setting:
     model: Model
     items: tuple[Item, ...]
     builder: Builder
+    known: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any], compare=False)
 
     def nbytes(self, value: Value) -> int:
         return self.builder.nbytes(value)
@@ -74,10 +76,28 @@ class Setting:
 
         cautious: with what may have to be held while one operation runs (`memory.BY`).
         """
-        with section("build"):
-            items = tuple(item for item in self.items if cautious or item.role != BY)
-            costs = assemble(self.model, self.grid, self.nbytes, items, price)
-            return share(costs) if self.options.share and len(costs.nodes) > DEEP else costs
+        key = "costs", price, cautious, self.options.share
+        if key not in self.known:
+            with section("build"):
+                items = tuple(item for item in self.items if cautious or item.role != BY)
+                self.known[key] = self.merged(assemble(self.model, self.grid, self.nbytes, items, price))
+        return self.known[key]
+
+    def merged(self, costs: Costs) -> Costs:
+        """Returns costs of the model, like parts merged where that is worth it."""
+        return share(costs) if self.options.share and len(costs.nodes) > DEEP else costs
+
+    def free(self, price: float) -> Solved:
+        """Returns the best choice at a price of memory, whatever there is of it."""
+        key = "free", price, self.options.share, self.options.seconds, self.options.gap
+        if key not in self.known:
+            self.known[key] = minimise(self.costs(price), None, self.options.seconds, self.options.gap)
+        return self.known[key]
+
+    @functools.cached_property
+    def least(self) -> int:
+        """Bytes that no choice can stay below, whatever is moved."""
+        return least_peak(item for item in self.items if item.role != BY)
 
     def memory(self, chosen: Sequence[int]) -> Memory:
         """Returns the memory a choice takes."""
@@ -105,8 +125,8 @@ def plan(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options = 
         PlanError: a pinned layout cannot be kept.
         BadInput: options that make no sense.
     """
-    region = extract(graph, equations)
-    return relabel(_planned(_Keyed(region_key(region), region), mesh, canonical(options, region)), region)
+    keyed = _keyed(_Same(graph), tuple(equations))
+    return relabel(_planned(keyed, mesh, canonical(options, keyed.region)), keyed.region)
 
 
 def offers(
@@ -150,6 +170,26 @@ class _Keyed:
         return hash(self.key)
 
 
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """A graph that is compared by identity: comparing what it holds would take longer than what is saved."""
+
+    graph: Graph
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.graph is other.graph
+
+    def __hash__(self) -> int:
+        return id(self.graph)
+
+
+@functools.lru_cache(maxsize=4)
+def _keyed(same: _Same, equations: tuple[int, ...]) -> _Keyed:
+    """The region of some equations, with its key: one step is often planned again with other options."""
+    region = extract(same.graph, equations)
+    return _Keyed(region_key(region), region)
+
+
 @functools.lru_cache(maxsize=256)
 def _planned(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
     """The plan of a region, in its own ids: equal stages of a pipeline are planned once.
@@ -168,24 +208,27 @@ def _planned(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
             best.gap > options.gap and shared.gap <= SHARED_GAP * best.gap + WORTH
         ):
             return shared
-    found = _kept_or_moved(keyed.region, mesh, options)
+    found = _kept_or_moved(keyed, mesh, options)
     alike.append(found)
     return found
 
 
-def _kept_or_moved(region: Region, mesh: Mesh, options: Options) -> ShardingPlan:
+def _kept_or_moved(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
     """State that both passes read in another layout is kept in it, as long as that fits (and is not far from
     the best plan: what is held in a second layout then is in the way)."""
-    if options.regather is not None or not region.whole:
-        return _solve(prepare(region, mesh, options))
+    if options.regather is not None or not keyed.region.whole:
+        return _solve(_prepared(keyed, mesh, options))
+    setting = _prepared(keyed, mesh, replace(options, regather=False))
     try:
-        kept = _solve(prepare(region, mesh, replace(options, regather=False)))
+        kept = _solve(setting)
     except DoesNotFit:
-        return _solve(prepare(region, mesh, replace(options, regather=True)))
+        if setting.least > limit_of(options, mesh):  # whatever is moved again, that fits no better
+            raise
+        return _solve(_prepared(keyed, mesh, replace(options, regather=True)))
     if kept.gap <= FAR:
         return kept
     try:
-        moved = _solve(prepare(region, mesh, replace(options, regather=True)))
+        moved = _solve(_prepared(keyed, mesh, replace(options, regather=True)))
     except DoesNotFit:
         return kept
     return min(kept, moved, key=lambda found: found.objective)
@@ -200,8 +243,7 @@ def _alike(keyed: _Keyed, mesh: Mesh, options: Options) -> list[ShardingPlan]:
 @functools.lru_cache(maxsize=256)
 def _unlimited(keyed: _Keyed, mesh: Mesh, options: Options) -> float:
     """Seconds that no plan of the region goes below, whatever memory there is."""
-    setting = prepare(keyed.region, mesh, options)
-    return minimise(setting.costs(options.memory_price), None, options.seconds, options.gap).bound
+    return _prepared(keyed, mesh, options).free(options.memory_price).bound
 
 
 @functools.lru_cache(maxsize=4096)
@@ -209,8 +251,15 @@ def _priced(keyed: _Keyed, mesh: Mesh, options: Options, price: float) -> Shardi
     return _solve(_prepared(keyed, mesh, options), price, limited=options.limit is not None)
 
 
-@functools.lru_cache(maxsize=16)  # these are big; one is needed again only for other prices
 def _prepared(keyed: _Keyed, mesh: Mesh, options: Options) -> Setting:
+    """The choice model of a region; one is made for all limits and prices."""
+    check_options(options)
+    plain = replace(options, limit=None, memory_price=0.0, gap=0.0, seconds=1.0, share=True)
+    return replace(_models(keyed, mesh, plain), options=options)
+
+
+@functools.lru_cache(maxsize=16)  # these are big; one is needed again only for other limits and prices
+def _models(keyed: _Keyed, mesh: Mesh, options: Options) -> Setting:
     return prepare(keyed.region, mesh, options)
 
 
@@ -290,18 +339,25 @@ def _called(region: Region, v: int) -> str:
 def _solve(setting: Setting, price: float | None = None, limited: bool = True) -> ShardingPlan:
     options = setting.options
     price = options.memory_price if price is None else price
-    costs = setting.costs(price)
     limit = limit_of(options, setting.mesh) if limited else None
-    solved = minimise(costs, limit, options.seconds, options.gap)
-    if limit is not None:
-        if solved.chosen is None:
-            costs = setting.costs(price, cautious=False)
-            solved = minimise(costs, limit, options.seconds, options.gap)
-        if solved.chosen is not None:
-            solved = _within(setting, costs, limit, solved)
+    solved = setting.free(price)
+    fits = solved.chosen is not None and (limit is None or setting.memory(solved.chosen).peak <= limit)
+    if limit is not None and not fits:
+        solved = _limited(setting, price, limit)
     if solved.chosen is None:
         solved = _leanest(setting, limit, solved)
     return _finish(setting, solved, price)
+
+
+def _limited(setting: Setting, price: float, limit: int) -> Solved:
+    """Returns the best choice found that keeps within a limit which the best one without it exceeds."""
+    options = setting.options
+    costs = setting.costs(price)
+    solved = minimise(costs, limit, options.seconds, options.gap)
+    if solved.chosen is None:
+        costs = setting.costs(price, cautious=False)
+        solved = minimise(costs, limit, options.seconds, options.gap)
+    return solved if solved.chosen is None else _within(setting, costs, limit, solved)
 
 
 def _within(setting: Setting, costs: Costs, limit: int, solved: Solved) -> Solved:
@@ -322,13 +378,8 @@ def _within(setting: Setting, costs: Costs, limit: int, solved: Solved) -> Solve
 
 def _leanest(setting: Setting, limit: int | None, failed: Solved) -> Solved:
     """Returns the leanest plan if that fits after all; explains what is missing otherwise."""
-    costs = assemble(
-        setting.model,
-        setting.grid,
-        setting.nbytes,
-        tuple(replace(item, role="state") for item in setting.items),
-        LEAN,
-    )
+    items = tuple(replace(item, role=STATE) for item in setting.items)
+    costs = setting.merged(assemble(setting.model, setting.grid, setting.nbytes, items, LEAN))
     lean = minimise(costs, None, setting.options.seconds, setting.options.gap)
     if lean.chosen is None:
         raise PlanError(
@@ -341,7 +392,7 @@ def _leanest(setting: Setting, limit: int | None, failed: Solved) -> Solved:
     memory = setting.memory(lean.chosen)
     if limit is None or (failed.status != "infeasible" and memory.peak <= limit):
         return replace(lean, bound=-math.inf, status="feasible")
-    least = least_peak(setting.costs(0.0))
+    least = least_peak(setting.items)
     missing = least - limit if least > limit else max(1, memory.peak - limit)
     raise DoesNotFit(
         f"{setting.mesh} has {gigabytes(limit)} per device, but the plan that needs least takes "

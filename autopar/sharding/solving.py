@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from autopar.core.stopwatch import section
 from autopar.sharding.assemble import Costs, Floats
+from autopar.sharding.memory import Item
 from autopar_solver import FORBIDDEN, ChoiceProblem, solve
 
 PICOSECOND = 1e-12
@@ -68,14 +70,13 @@ def usage_of(costs: Costs) -> list[list[tuple[int, int, npt.NDArray[np.int64]]]]
     return usage
 
 
-def least_peak(costs: Costs) -> int:
+def least_peak(items: Iterable[Item]) -> int:
     """Returns bytes that no choice can stay below: every item at its smallest."""
-    horizon = max((item.stop for item in costs.items), default=0)
-    steps = np.zeros(horizon + 1, dtype=np.int64)
-    for item in costs.items:
-        least = int(item.nbytes.min())
-        steps[item.start] += least
-        steps[item.stop] -= least
+    spans = [(item.start, item.stop, int(item.nbytes.min())) for item in items]
+    steps = np.zeros(max((stop for _, stop, _ in spans), default=0) + 1, dtype=np.int64)
+    for start, stop, least in spans:
+        steps[start] += least
+        steps[stop] -= least
     return int(np.cumsum(steps).max(initial=0))
 
 

@@ -91,22 +91,34 @@ def layer_names(equations: Sequence[JaxprEqn]) -> list[str | None]:
     The layers are the outermost family of numbered names with at least two members that holds more than half
     of the products' FLOPs; families side by side (encoder and decoder) count together.
     """
-    paths = [path_of(e) for e in equations]
+    paths = _paths(equations)
     members: dict[_Family, set[str]] = defaultdict(set)
     held: dict[_Family, float] = defaultdict(float)
     total = 0.0
+    work: dict[tuple[str, ...], float] = defaultdict(float)
     for path, equation in zip(paths, equations):
-        work = contraction_flops(equation)
-        total += work
+        work[path] += contraction_flops(equation)
+    for path, flops in work.items():
+        total += flops
         for family, name in _families(path):
             members[family].add(name)
-            held[family] += work
+            held[family] += flops
     found = [f for f in members if len(members[f]) > 1 and held[f] >= _SHARE * total]
     for depth in sorted({len(f.prefix) for f in found}):
         chosen = {f for f in found if len(f.prefix) == depth}
         if total and sum(held[f] for f in chosen) > total / 2:
-            return _short([_name(path, chosen) for path in paths])
+            named = {path: _name(path, chosen) for path in work}
+            return _short([named[path] for path in paths])
     return [None] * len(equations)
+
+
+def _paths(equations: Sequence[JaxprEqn]) -> list[tuple[str, ...]]:
+    """Returns `path_of` of each equation; many share a name stack."""
+    known: dict[int, tuple[str, ...]] = {}
+    for e in equations:
+        if id(e.source_info.name_stack) not in known:
+            known[id(e.source_info.name_stack)] = path_of(e)
+    return [known[id(e.source_info.name_stack)] for e in equations]
 
 
 def path_of(equation: JaxprEqn) -> tuple[str, ...]:
