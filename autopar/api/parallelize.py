@@ -115,6 +115,9 @@ class Parallelized:
             TraceError, MixedExamples, DoesNotFit, BadInput, StageFailed: see `plan` and the executable.
         """
         if self._last is not None:  # a training loop: the state of the last call, and a batch like its
+            results = self._last[1].direct(args, kwargs)
+            if results is not NotImplemented:
+                return results
             leaves, tree = jax.tree.flatten((args, kwargs))
             if self._last[1].follows(leaves, tree):
                 return self._last[1].next(leaves)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from autopar.core.plan import Plan
 from autopar.core.program import Buffer, Program
 from autopar.core.timeline import Timeline
+from autopar.runtime.direct import Direct
 from autopar.runtime.fill import Fillers
 
 Array = Any
@@ -88,6 +89,13 @@ class Session(Protocol):
         What is fetched is what the steps started so far leave in the buffers, whatever is started later. A
         session that is not `local` gives whole numpy arrays, of a typed PRNG key its key data; only the rows
         that are named, if any are. A local one gives the arrays as they are.
+        """
+        ...
+
+    def direct(self, traced: Any) -> Direct | None:
+        """Returns what runs a step in the trees of its function, arguments that are state taken over.
+
+        None where the program or the backend has no such way. To be asked for before anything is compiled.
         """
         ...
 

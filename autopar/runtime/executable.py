@@ -12,6 +12,7 @@ from autopar.core.timeline import Timeline
 from autopar.runtime.array import Generation
 from autopar.runtime.backend import Backend, Session, StageMemory
 from autopar.runtime.feeds import Feeder
+from autopar.runtime.held import fullest
 from autopar.runtime.picks import getter
 from autopar.runtime.results import Results, positions_of
 from autopar.runtime.signature import Signature
@@ -59,6 +60,23 @@ class Executable:
         kept = self._kept(leaves)
         self._state = State(kept, replacements(traced, kept), program, session, sizes, donate)
         self._ready = False
+        self._direct, self._bypassed = session.direct(traced) if donate else None, False
+
+    def direct(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the step's results in one hop, or `NotImplemented` where there is none for these arguments.
+
+        See `autopar.runtime.direct`: where arrays passed in may be taken over, a step of one segment needs
+        nothing else around it.
+        """
+        if self._direct is None:
+            return NotImplemented
+        results = self._direct(args, kwargs)
+        if results is not NotImplemented:
+            self.steps += 1
+            if not self._bypassed:
+                self._state.forget()
+                self._bypassed = True
+        return results
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the step's results in the function's own tree.
@@ -91,6 +109,9 @@ class Executable:
         return self._run(leaves, self._feeder.cut(self._batch(leaves)), measured=False)
 
     def _run(self, leaves: Sequence[Any], feeds: list[Mapping[Buffer, Array]], measured: bool) -> Any:
+        if self._direct is not None:
+            self._direct.forget()
+            self._bypassed = False
         try:
             self._prepare(self._kept(leaves))
             self.steps += 1
@@ -126,7 +147,8 @@ class Executable:
 
     def held(self) -> tuple[int, ...]:
         """Returns the bytes held now on the fullest device of each stage."""
-        return self.session.memory()
+        direct = self._direct.held() if self._direct is not None else []
+        return (fullest(direct),) if direct else self.session.memory()
 
     def timeline(self) -> Timeline:
         """Returns what each stage did when, in the last call of `measure`."""

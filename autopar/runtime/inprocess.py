@@ -10,7 +10,6 @@ import functools
 import textwrap
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,13 +25,16 @@ from autopar.program import check
 from autopar.program.walk import Walk
 from autopar.runtime import layout
 from autopar.runtime.backend import Fetch, StageMemory
+from autopar.runtime.direct import Direct
 from autopar.runtime.fill import Fillers, fill
+from autopar.runtime.held import fullest
 from autopar.runtime.interpreter import Interpreter
 from autopar.runtime.layout import JaxDevice
 from autopar.runtime.lower import lower
 from autopar.runtime.pool import Pool
 from autopar.runtime.segments import Compiled, consumed, donations, heirs, read_once, slots
 from autopar.runtime.transfer import LocalTransport, own, share
+from autopar.runtime.trees import trees
 
 Array = Any
 Sizes = tuple[int, int, int, int]
@@ -175,6 +177,13 @@ class InProcessSession:
 
         return fetch
 
+    def direct(self, traced: Any) -> Direct | None:
+        if len(self.segments) != 1:
+            return None
+        (segment,) = self.segments.values()
+        segment.trees = trees(traced, self.program, self.plan.outputs, segment.lowered)
+        return None if segment.trees is None else Direct(segment)
+
     def compile(self) -> None:
         for segment in self.segments.values():
             _ = segment.executable
@@ -295,14 +304,6 @@ def stage_memory(stage: Stage, segments: Mapping[str, Sizes]) -> StageMemory:
         for name, (arguments, outputs, temporary, aliased) in segments.items()
     ]
     return max(rows, key=lambda row: row.peak, default=StageMemory(0, 0, 0, 0, "", predicted, limit))
-
-
-def fullest(arrays: Sequence[Array]) -> int:
-    held = Counter[Any]()
-    for x in arrays:
-        for shard in x.addressable_shards:
-            held[shard.device] += shard.data.nbytes
-    return max(held.values(), default=0)
 
 
 def _in_threads(workers: Sequence[Callable[[float], list[Event]]], transport: LocalTransport) -> list[Event]:

@@ -195,7 +195,7 @@ class Interpreter:
         return operation
 
     def _absorb(self, position: int, run: Run) -> tuple[list[Buffer], list[Buffer]]:
-        """Returns what a Run's outputs are called, and what is free, after the Frees and Renames that follow it.
+        """Returns what a Run's outputs are called, and what is free, after the Frees and Renames behind it.
 
         As far as those only give its outputs other names: they have nothing left to do then.
         """

@@ -14,6 +14,7 @@ import jax
 from autopar.core.plan import Stage
 from autopar.core.program import Buffer, Free, Rename, Run, Slot, Worker, reads
 from autopar.runtime.lower import Lowered
+from autopar.runtime.trees import Trees
 
 Array = Any
 
@@ -27,10 +28,14 @@ class Compiled:
         heirs: donated position → position of the output that should take it. JAX gives a donated input to the
             first output of its shape that is still without one; so the outputs are compiled in the order of
             what they replace, or every one of them would be copied at last.
+
+    Attributes:
+        trees: how it is called in its function's own trees; set before it is compiled, or not at all.
     """
 
     def __init__(self, lowered: Lowered, donated: tuple[int, ...], heirs: Mapping[int, int] | None = None):
         self.lowered, self.donated = lowered, donated
+        self.trees: Trees | None = None
         first = [heirs[k] for k in donated if k in heirs] if heirs else []
         order = [*first, *(o for o in range(len(lowered.outputs)) if o not in {*first})]
         self.order = order
@@ -42,6 +47,8 @@ class Compiled:
 
         Its results come in the order in which donated inputs are replaced.
         """
+        if self.trees is not None:
+            return self._in_trees(self.trees)
         fun, order = self.lowered.fun, self.order
 
         def ordered(*inputs: Array) -> list[Array]:
@@ -55,16 +62,34 @@ class Compiled:
             donate_argnums=self.donated,
         )
 
+    def _in_trees(self, trees: Trees) -> Callable[..., Any]:
+        """The function in the trees of the step it came from."""
+
+        def step(*arguments: Any) -> Any:
+            return trees.result(self.lowered.fun(trees.read(arguments)))
+
+        return jax.jit(
+            step,
+            in_shardings=trees.arguments([x.sharding for x in self.lowered.inputs]),
+            out_shardings=trees.result([x.sharding for x in self.lowered.outputs]),
+            donate_argnums=trees.donated,
+        )
+
     @cached_property
     def executable(self) -> Any:
         """The compiled program (`jax.stages.Compiled`)."""
-        return self.jitted.lower(*self.lowered.inputs).compile()  # type: ignore[attr-defined]
+        inputs = self.lowered.inputs
+        arguments = inputs if self.trees is None else self.trees.arguments(inputs)
+        lowered = self.jitted.lower(*arguments)  # type: ignore[attr-defined]
+        return lowered.compile(self.lowered.options and dict(self.lowered.options))
 
     @property
     def text(self) -> str:
         return self.executable.as_text()
 
     def __call__(self, *inputs: Array) -> Sequence[Array]:
+        if self.trees is not None:
+            return self.trees.made(self.executable(*self.trees.arguments(inputs)))
         results = self.executable(*inputs)
         return results if self._restore is None else self._restore(results)
 

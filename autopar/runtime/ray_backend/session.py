@@ -178,6 +178,9 @@ class RaySession:
 
         return start
 
+    def direct(self, traced: Any) -> None:
+        """Returns None: every step goes through the workers."""
+
     def compile(self) -> None:
         """Nothing to do: workers compile when they are shipped to."""
 
@@ -342,6 +345,9 @@ class Sibling:
 
     def fetcher(self, stage: int, buffers: Sequence[Buffer]) -> Fetch:
         return self._base.fetcher(stage, buffers, self._number)
+
+    def direct(self, traced: Any) -> None:
+        """Returns None: every step goes through the workers."""
 
     def compile(self) -> None:
         """Nothing to do: workers compile when they are shipped to."""

@@ -279,7 +279,7 @@ class StageWorker:
     def _memory(self) -> tuple[int, int, int]:
         import resource
 
-        from autopar.runtime.inprocess import fullest
+        from autopar.runtime.held import fullest
 
         with open("/proc/self/statm", encoding="ascii") as file:
             resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
