@@ -151,7 +151,7 @@ def test_bisections_find_the_edge():
 
 def test_a_plan_prints():
     half = replace(opt.Config(4, 1024, 16, vocabulary=2048), dtype=jnp.float16, param_dtype=jnp.float16)
-    served = Served(opt, half, 2, 16, "float16")
+    served = Served(opt.DECODER, half, 2, 16, "float16")
     both = cluster(shrunk("V100-16GB", 7e7), shrunk("A100-40GB", 9e7))
     plan, _ = serving_plan(served, both, length=256, prompt=64, name="opt-toy")
     assert str(plan) + "\n" == (Path(__file__).parent / "golden" / "serving_plan.txt").read_text()

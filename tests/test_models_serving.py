@@ -54,7 +54,7 @@ class Driver:
     def __init__(self, name, blocks=24):
         self.family, self.config = MODELS[name]
         self.params, self.tokens, self.want = reference(name)
-        shapes = self.family.cache_shapes(self.config, blocks, BLOCK, jnp.float32)
+        shapes = self.family.DECODER.cache_shapes(self.config, blocks, BLOCK, jnp.float32)
         # What blocks hold before they are written must not matter.
         self.cache = jax.tree.map(lambda x: jnp.full(x.shape, 7.0), shapes)
         free = list(np.random.default_rng(2).permutation(np.arange(1, blocks)))
@@ -79,12 +79,12 @@ def test_a_window_beside_the_pool_gives_the_same_and_both_go_on(name):
     driver.step(prompts, 8)
     tables = np.concatenate([driver.tables, np.zeros((1, 5), int)])
     held = np.array([6, 3, 8, 0], np.int32)
-    window = driver.family.rows_of(driver.cache, jnp.asarray(tables), jnp.asarray(held))
+    window = driver.family.DECODER.rows_of(driver.cache, jnp.asarray(tables), jnp.asarray(held))
     for at in range(3):
         tokens = np.array([[driver.tokens[s, n + at]] for s, _, n in prompts] + [[0]], np.int32)
         places = np.where(held > 0, held + at, 0)
         batch = map(jnp.asarray, (tokens, places, np.sign(held), tables))
-        beside = tuple(map(driver.family.Windowed, driver.cache, window))
+        beside = tuple(map(driver.family.DECODER.Windowed, driver.cache, window))
         logits, beside = driver.run(driver.params, beside, *batch)
         want = np.stack([driver.want[s, n + at] for s, _, n in prompts])
         np.testing.assert_allclose(logits[:3], want, rtol=2e-4, atol=2e-4)
@@ -117,7 +117,7 @@ def test_forks_copy_a_block():
     driver = Driver("opt")
     driver.step([(0, 0, 6)], 8)
     pairs = np.array([driver.tables[0, :2], driver.tables[1, :2]], np.int32)
-    driver.cache = driver.family.copy_blocks(driver.cache, *map(jnp.asarray, pairs))
+    driver.cache = driver.family.DECODER.copy_blocks(driver.cache, *map(jnp.asarray, pairs))
     driver.tokens = driver.tokens.copy()
     driver.tokens[1, 6] = driver.tokens[0, 6]
     np.testing.assert_allclose(driver.step([(1, 6, 1)], 1), driver.want[[0], [6]], rtol=1e-4, atol=1e-4)
@@ -137,7 +137,7 @@ def test_a_broken_sequence_poisons_no_other():
 def test_half_precision_keeps_its_dtype(name):
     family, config = MODELS[name]
     config = dataclasses.replace(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    cache = family.cache_shapes(config, 5, BLOCK, jnp.bfloat16)
+    cache = family.DECODER.cache_shapes(config, 5, BLOCK, jnp.bfloat16)
     ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 1), (2,), (2,), (2, 3))]
     logits, new = jax.eval_shape(
         functools.partial(family.step, config), family.parameter_shapes(config), cache, *ints
@@ -188,7 +188,7 @@ def test_every_name_is_of_a_family():
             serving.config, serving.module.Config
         )
         assert serving.config.param_dtype == jnp.bfloat16
-        made = serving.module.cache_shapes(serving.config, 3, 16, jnp.float16)
+        made = serving.module.DECODER.cache_shapes(serving.config, 3, 16, jnp.float16)
         assert len(made) == serving.config.layers
 
 

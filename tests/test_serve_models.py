@@ -44,7 +44,7 @@ class PlainRunner:
     def __init__(self, checkpoint, blocks):
         module, config = checkpoint.module, checkpoint.config
         params = read_all(checkpoint.weights, module.parameter_shapes(config))
-        shapes = module.cache_shapes(config, blocks, self.block_size, jnp.float32)
+        shapes = module.DECODER.cache_shapes(config, blocks, self.block_size, jnp.float32)
         self.blocks, self._module = blocks, module
         self._cache = jax.tree.map(lambda x: jnp.full(x.shape, 9.0, x.dtype), shapes)
         step = functools.partial(module.step, config, params, every=True)
@@ -57,7 +57,7 @@ class PlainRunner:
 
     def copy(self, pairs):
         pairs = np.array(pairs, np.int32)
-        self._cache = self._module.copy_blocks(self._cache, pairs[:, 0], pairs[:, 1])
+        self._cache = self._module.DECODER.copy_blocks(self._cache, pairs[:, 0], pairs[:, 1])
 
     def close(self):
         pass

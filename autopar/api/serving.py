@@ -39,7 +39,7 @@ Array = Any
 
 
 class Family(Protocol):
-    """What a module of `autopar.models` gives a served model (e.g. `autopar.models.opt`).
+    """What a served model consists of: a `models.decoder.Decoder`, such as `autopar.models.opt.DECODER`.
 
     One whose steps can go on from a window also has `Windowed`, which pairs a layer's cache and window for
     `step`, and `rows_of(cache, tables, held)`, which makes the window of rows.
@@ -185,12 +185,14 @@ def likeliest(logits: Array) -> Array:
     """Returns the index of the largest logit of each row, int32, the lowest among equals; -1 beside a NaN.
 
     In two passes, a maximum and then a minimum over indices: XLA's own argmax carries pairs through one
-    reduction, which a CPU cannot vectorise.
+    reduction, which a CPU cannot vectorise. And of the transposed logits, as their product leaves them there
+    (`models.decoder.product`): rows side by side are reduced together.
     """
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    beyond = logits.shape[-1]
-    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    found = jnp.min(jnp.where(logits == top, index, beyond), axis=-1)
+    columns = logits.T
+    top = jnp.max(columns, axis=0)
+    beyond = columns.shape[0]
+    index = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 0)
+    found = jnp.min(jnp.where(columns == top, index, beyond), axis=0)
     return jnp.where(found == beyond, -1, found)
 
 

@@ -63,7 +63,7 @@ def load_memory(model: str, dtype: str, cluster: str, stages: int) -> None:
 def measure(model: str, dtype: str, cluster_text: str, stages: int, say=lambda words: None) -> list[Row]:
     """Returns a row for this process and for that of each stage."""
     checkpoint, cluster = open_random(model, dtype=dtype), Cluster.parse(cluster_text)
-    served = Served(checkpoint.module, checkpoint.config, 2, 16, np.dtype(dtype))  # type: ignore[arg-type]
+    served = Served(checkpoint.module.DECODER, checkpoint.config, 2, 16, np.dtype(dtype))  # type: ignore[arg-type]
     length = min(256, checkpoint.config.positions)
     wanted = Wanted(Latency(), length // 16 + 1, stages)
     served, made = decode_plan(served, cluster, name=model, wanted=wanted, length=length, say=say)

@@ -83,4 +83,4 @@ def _model(target: str, cluster: Devices, dtype: str | None) -> tuple[Any, Any, 
 
     native = NATIVE.get(opened("float16")[0], "float16")
     _, module, config, name = opened(dtype or half_for(cluster, native))
-    return module, config, name
+    return module.DECODER, config, name

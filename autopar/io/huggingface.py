@@ -54,7 +54,7 @@ class Checkpoint:
 
     @property
     def module(self) -> ModuleType:
-        """The family's module: `parameter_shapes`, `step`, `cache_shapes`, …."""
+        """The family's module: `Config`, `DECODER`, `parameter_shapes`, …."""
         return FAMILIES[self.family]
 
     def load_tokenizer(self) -> Tokenizer | None:

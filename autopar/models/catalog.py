@@ -213,7 +213,7 @@ def get_decode(
 
     def make_batch(key: Array) -> DecodeInput:
         tokens = jax.random.randint(key, (batch, 1), 0, config.vocabulary, jnp.int32)
-        shapes = opt.cache_shapes(config, 1 + batch * blocks, DECODE_BLOCK, dtype)
+        shapes = opt.DECODER.cache_shapes(config, 1 + batch * blocks, DECODE_BLOCK, dtype)
         cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         tables = 1 + jnp.arange(batch * blocks, dtype=jnp.int32).reshape(batch, blocks)
         return DecodeInput(cache, tokens, jnp.zeros(batch, jnp.int32), jnp.ones(batch, jnp.int32), tables)

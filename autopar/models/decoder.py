@@ -8,21 +8,49 @@ kept as `[out, in]`: a product is `weight · x`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from autopar.core.errors import BadInput
+from autopar.models import paged
 from autopar.models.layers import cross_entropy
-from autopar.models.paged import Cache, LayerCache, Slots, Windowed, attention, causal, slots
+from autopar.models.paged import Cache, LayerCache, Slots, Windowed, attention, causal, last_tokens, slots
 
 Array = jax.Array
 Params = dict[str, Any]
-Mix = Callable[..., tuple[Array, Any]]
-"""`mix(query, key, value, slopes=None)`: attention, and a layer's cache with the new keys and values."""
 
+
+class Mix(Protocol):
+    """What a block knows of the other tokens."""
+
+    def __call__(self, query: Array, key: Array, value: Array, slopes: Any = None) -> tuple[Array, Any]:
+        """Returns what the tokens asked for gather, and a layer's cache with the new keys and values.
+
+        Args:
+            query: of the tokens asked for. key, value: of all. slopes: as in `paged.attention`.
+        """
+        ...
+
+    def asked(self, x: Array) -> Array:
+        """Returns the part of `[rows, new, …]` that a block's result is wanted of.
+
+        All, or each row's last token: of a prompt only the last logits are looked at, so all that the last
+        block does for the other tokens is their keys and values.
+        """
+        ...
+
+
+MANY = 128
+"""Tokens from which on they are the left operand of a product.
+
+On a CPU a product of few tokens reads a weight as it lies if that is on the left, and is up to a quarter
+quicker; for many that costs more in transposed activations than it gains.
+"""
 
 STACKED = "Blocks"
 """What the parameters of all blocks are called where they are stacked, for one scan over them."""
@@ -34,7 +62,8 @@ class Decoder(NamedTuple):
     Attributes:
         parameter_shapes: `config → params` as `jax.ShapeDtypeStruct`s.
         embed: `(config, params, tokens, positions) → x`, all `[rows, new]`, x `[rows, new, hidden]`.
-        block: `(config, params["Block_i"], x, positions, mix) → (x, cache)`, cache as `mix` gave it.
+        block: `(config, params["Block_i"], x, positions, mix) → (x, cache)`, x of the tokens that
+            `mix.asked` keeps, cache as `mix` gave it.
         head: `(config, params, x) → logits`, `[…, vocabulary]` in the dtype of x.
     """
 
@@ -42,6 +71,12 @@ class Decoder(NamedTuple):
     embed: Callable[..., Array]
     block: Callable[..., tuple[Array, Any]]
     head: Callable[..., Array]
+
+    # Where a layer's keys and values are kept: the same for all decoders.
+    Windowed = Windowed
+    cache_shapes = staticmethod(paged.cache_shapes)
+    copy_blocks = staticmethod(paged.copy_blocks)
+    rows_of = staticmethod(paged.rows_of)
 
     def init(self, config: Any, key: Array) -> Params:
         """Returns random parameters (normal, standard deviation 0.02), named as in `parameter_shapes`."""
@@ -58,7 +93,7 @@ class Decoder(NamedTuple):
         x = _embed(self, config, params, tokens, positions)
 
         def block(x: Array, layer: Params) -> tuple[Array, None]:
-            return self.block(config, layer, x, positions, _causal)[0], None
+            return self.block(config, layer, x, positions, _Causal())[0], None
 
         if STACKED in params:
             with jax.named_scope(STACKED):
@@ -99,18 +134,19 @@ class Decoder(NamedTuple):
         where = slots(cache, tokens, positions, lengths, tables)
         x = _embed(self, config, params, tokens, jnp.minimum(where.positions, config.positions - 1))
 
-        @jax.jit  # traced once for all layers: a deep model is planned several times sooner
+        @partial(jax.jit, static_argnums=4)  # traced once for most layers: a deep model is planned sooner
         def block(
-            params: Params, x: Array, layer: LayerCache | Windowed, where: Slots
+            params: Params, x: Array, layer: LayerCache | Windowed, where: Slots, narrows: bool
         ) -> tuple[Array, LayerCache | Windowed | None]:
-            return self.block(config, params, x, where.positions, _Paged(layer, where))
+            return self.block(config, params, x, where.positions, _Paged(layer, where, narrows))
 
         layers = []
         for i, layer in enumerate(cache):
+            narrows = not every and i == config.layers - 1
             with jax.named_scope(f"Block_{i}"):
-                x, layer = block(params[f"Block_{i}"], x, layer, where)
+                x, layer = block(params[f"Block_{i}"], x, layer, where, narrows)
             layers.append(layer)
-        logits = _head(self, config, params, x if every else last_tokens(x, where)).astype(jnp.float32)
+        logits = _head(self, config, params, x).astype(jnp.float32)
         return logits if every else logits[:, 0], tuple(layers)
 
     def loss(self, config: Any, params: Params, batch: dict[str, Array], key: Array | None = None) -> Array:
@@ -119,17 +155,27 @@ class Decoder(NamedTuple):
 
 
 class _Paged(NamedTuple):
-    """The `Mix` of one layer of a step."""
+    """The `Mix` of one layer of a step; `narrows`: only each row's last token is asked for."""
 
     cache: LayerCache | Windowed
     where: Slots
+    narrows: bool
 
     def __call__(self, *args: Any, **more: Any) -> tuple[Array, LayerCache | Windowed]:
         return attention(self.cache, self.where, *args, **more)
 
+    def asked(self, x: Array) -> Array:
+        return last_tokens(x, self.where) if self.narrows else x
 
-def _causal(*args: Any, **more: Any) -> tuple[Array, None]:
-    return causal(*args, **more), None
+
+class _Causal:
+    """The `Mix` of whole sequences."""
+
+    def __call__(self, *args: Any, **more: Any) -> tuple[Array, None]:
+        return causal(*args, **more), None
+
+    def asked(self, x: Array) -> Array:
+        return x
 
 
 def _embed(decoder: Decoder, *args: Any) -> Array:
@@ -140,13 +186,6 @@ def _embed(decoder: Decoder, *args: Any) -> Array:
 def _head(decoder: Decoder, *args: Any) -> Array:
     with jax.named_scope("head"):
         return decoder.head(*args)
-
-
-def last_tokens(x: Array, where: Slots) -> Array:
-    """Returns `[rows, 1, hidden]` of `[rows, new, hidden]`: each row's last real token."""
-    if x.shape[1] == 1:
-        return x
-    return jnp.take_along_axis(x, where.last[:, None, None], axis=1, mode="clip")
 
 
 def greedy(logits: Array) -> Array:
@@ -193,10 +232,15 @@ def product(weight: Array | Params, x: Array, inputs: int = 1) -> Array:
 
 
 def _product(weight: Array, x: Array, inputs: int, dtype: Any) -> Array:
-    over = tuple(range(weight.ndim - inputs, weight.ndim)), tuple(range(x.ndim - inputs, x.ndim))
-    # The weight is the left operand: on a CPU one token's product then reads it as it lies.
-    y = jax.lax.dot_general(weight.astype(x.dtype), x, (over, ((), ())), preferred_element_type=dtype)
-    outer = weight.ndim - inputs
+    tokens, outer = x.ndim - inputs, weight.ndim - inputs
+    rows, out = x.shape[:tokens], weight.shape[:outer]
+    if math.prod(rows) >= MANY:
+        # as matrices: XLA would transpose a right operand of more dims at every step
+        weight, x = weight.reshape(math.prod(out), -1), x.reshape(*rows, -1)
+        y = jax.lax.dot_general(x, weight, (((tokens,), (1,)), ((), ())), preferred_element_type=dtype)
+        return y.reshape(*rows, *out)
+    over = tuple(range(outer, weight.ndim)), tuple(range(tokens, x.ndim))
+    y = jax.lax.dot_general(weight, x, (over, ((), ())), preferred_element_type=dtype)
     return y.transpose(*range(outer, y.ndim), *range(outer))
 
 

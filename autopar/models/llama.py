@@ -16,19 +16,16 @@ from autopar.core.errors import BadInput
 from autopar.models import decoder
 from autopar.models.decoder import Mix, Params, linear, product, rms_norm, take
 from autopar.models.int8 import int8_shapes
-from autopar.models.paged import LayerCache, Windowed, cache_shapes, copy_blocks, rows_of
+from autopar.models.paged import LayerCache
 from autopar.models.rope import Rope, rotate
 
 __all__ = [
+    "DECODER",
     "Config",
-    "Windowed",
-    "cache_shapes",
-    "copy_blocks",
     "forward",
     "init",
     "loss",
     "parameter_shapes",
-    "rows_of",
     "step",
 ]
 
@@ -134,10 +131,11 @@ def _block(
     config: LlamaConfig, params: Params, x: Array, positions: Array, mix: Mix
 ) -> tuple[Array, LayerCache | None]:
     y = rms_norm(params["norm_attention"], x, config.epsilon)
-    query = rotate(config.rope, linear(params["query"], y), positions) * config.head_size**-0.5
+    query = rotate(config.rope, linear(params["query"], mix.asked(y)), mix.asked(positions))
+    query = query * config.head_size**-0.5
     key = rotate(config.rope, linear(params["key"], y), positions)
     mixed, cache = mix(query, key, linear(params["value"], y))
-    x = x + linear(params["out"], mixed, inputs=2)
+    x = mix.asked(x) + linear(params["out"], mixed, inputs=2)
     y = rms_norm(params["norm_feed_forward"], x, config.epsilon)
     gated = jax.nn.silu(linear(params["gate"], y)) * linear(params["up"], y)
     return x + linear(params["down"], gated), cache

@@ -20,18 +20,15 @@ from autopar.models.decoder import (
     take,
 )
 from autopar.models.int8 import int8_shapes
-from autopar.models.paged import LayerCache, Windowed, cache_shapes, copy_blocks, rows_of
+from autopar.models.paged import LayerCache
 
 __all__ = [
+    "DECODER",
     "Config",
-    "Windowed",
-    "cache_shapes",
-    "copy_blocks",
     "forward",
     "init",
     "loss",
     "parameter_shapes",
-    "rows_of",
     "step",
 ]
 
@@ -128,9 +125,9 @@ def _block(
     config: OPTConfig, params: Params, x: Array, positions: Array, mix: Mix
 ) -> tuple[Array, LayerCache | None]:
     y = x if config.post_norm else layer_norm(params["norm_attention"], x)
-    query = linear(params["query"], y) * config.head_size**-0.5
+    query = linear(params["query"], mix.asked(y)) * config.head_size**-0.5
     mixed, cache = mix(query, linear(params["key"], y), linear(params["value"], y))
-    x = x + linear(params["out"], mixed, inputs=2)
+    x = mix.asked(x) + linear(params["out"], mixed, inputs=2)
     if config.post_norm:
         x = layer_norm(params["norm_attention"], x)
     y = x if config.post_norm else layer_norm(params["norm_feed_forward"], x)

@@ -124,6 +124,14 @@ def slots(
     return Slots(at, blocks, at % block_size, tables, last, positions + lengths)
 
 
+def last_tokens(x: Array, where: Slots) -> Array:
+    """Returns `[rows, 1, …]` of `[rows, new, …]`: each row's last real token."""
+    if x.shape[1] == 1:
+        return x
+    last = where.last.reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.take_along_axis(x, last, axis=1, mode="clip")
+
+
 def attention(
     cache: LayerCache | Windowed,
     where: Slots,
@@ -135,21 +143,24 @@ def attention(
     """Returns what the new tokens gather from their sequences, and the cache with them in it.
 
     Args:
-        query: `[rows, new, heads, head_size]`, already scaled; `heads` a multiple of `kv_heads`.
+        query: `[rows, new, heads, head_size]`, already scaled; `heads` a multiple of `kv_heads`. Or of each
+            row's last token only, `[rows, 1, heads, head_size]`.
         key, value: `[rows, new, kv_heads, head_size]`.
         slopes: float `[heads]`, ALiBi: added to a score is slope · position of the key (Press et al. 2022).
     Returns:
-        `[rows, new, heads, head_size]` in the query's dtype, and the new cache.
+        What the query has the shape and dtype of, and the new cache.
     """
+    narrow = query.shape[1] < where.positions.shape[1]
+    positions = last_tokens(where.positions, where) if narrow else where.positions
     if isinstance(cache, Windowed):
         pool, window = cache
         pool = LayerCache(_write(pool.key, where, key), _write(pool.value, where, value))
         window = LayerCache(_write_row(window.key, where, key), _write_row(window.value, where, value))
-        return attend(query, *window, where.positions, slopes), Windowed(pool, window)
+        return attend(query, *window, positions, slopes), Windowed(pool, window)
     cache = LayerCache(_write(cache.key, where, key), _write(cache.value, where, value))
     keys, values = _read(cache.key, where.tables), _read(cache.value, where.tables)
     # A weight of zero does not hide a NaN: what blocks hold from other sequences must not be multiplied.
-    return attend(query, keys, _until(values, where.ends), where.positions, slopes), cache
+    return attend(query, keys, _until(values, where.ends), positions, slopes), cache
 
 
 def attend(
@@ -173,8 +184,18 @@ def attend(
         scores = scores + by_head * column[:, None, None].astype(jnp.float32)
     seen = column <= positions[:, :, None]
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e9), axis=-1).astype(query.dtype)
-    mixed = jnp.einsum("rkgnt,rkts->rnkgs", weights, values.astype(query.dtype))
-    return mixed.reshape(rows, new, heads, size)
+    return _mixed(weights, values.astype(query.dtype)).reshape(rows, new, heads, size)
+
+
+def _mixed(weights: Array, values: Array) -> Array:
+    """Returns weights `[rows, kv_heads, group, new, time]` · values, `[rows, new, kv_heads, group, size]`."""
+    rows, kv_heads, group, new, time = weights.shape
+    if new == 1 < rows:
+        return jnp.einsum("rkgnt,rkts->rnkgs", weights, values)
+    # The values on the right are read as they lie; on the left they would be transposed first.
+    flat = weights.reshape(rows, kv_heads, group * new, time)
+    mixed = jax.lax.dot_general(flat, values, (((3,), (2,)), ((0, 1), (0, 1))))
+    return mixed.reshape(rows, kv_heads, group, new, -1).transpose(0, 3, 1, 2, 4)
 
 
 def _write(pool: Array, where: Slots, new: Array) -> Array:

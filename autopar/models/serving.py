@@ -13,8 +13,7 @@ from autopar.models import bloom, gpt2, llama, opt
 from autopar.models.rope import Llama3, Rope
 
 FAMILIES: dict[str, ModuleType] = {"opt": opt, "llama": llama, "gpt2": gpt2, "bloom": bloom}
-"""Modules with `Config, parameter_shapes, init, forward, step, cache_shapes, copy_blocks`; and, of `paged`,
-`Windowed, rows_of`."""
+"""Modules with `Config`, `DECODER` and its `parameter_shapes, init, forward, step`."""
 
 
 class Serving(NamedTuple):

@@ -104,7 +104,7 @@ def load(
     checkpoint = quantised(suited(model, dtype, weights, seed, where, host), quantise)
     config = checkpoint.config
     longest = min(max_length or LONGEST, config.positions)
-    family: Any = checkpoint.module
+    family: Any = checkpoint.module.DECODER
     served = Served(family, config, 2, BLOCK_SIZE, np.dtype(config.param_dtype))
     wanted = Wanted(goal or Latency(), -(-(tokens or longest) // BLOCK_SIZE) + 1, stages)
     served, made = decode_plan(served, where, name=checkpoint.name, wanted=wanted, length=longest, say=say)

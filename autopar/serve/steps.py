@@ -81,7 +81,8 @@ def batch_of(chosen: list[tuple[Sequence, int]], new: int, shapes: Shapes, block
     Args:
         chosen: sequences, and how many of each one's next tokens are computed. new: the bucket for these.
     """
-    rows = bucket(shapes.rows, len(chosen))
+    alone = new > 1 and len(chosen) == 1  # which has steps of its own, however few rows others may have
+    rows = 1 if alone else bucket(shapes.rows, len(chosen))
     used = [-(-(sequence.computed + length) // block_size) for sequence, length in chosen]
     tables = np.zeros((rows, bucket(shapes.tables, max(used))), np.int32)
     tokens = np.zeros((rows, new), np.int32)

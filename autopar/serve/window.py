@@ -55,8 +55,7 @@ class Windows:
         self._tokens = tokens if local and one and programs.served.has_windows else 0
         self._compiled: dict[Shape, Window] = {}
         self._last: _Rows | None = None
-        self._held: Window | None = None
-        self._current = False  # whether what is held is what the last step left
+        self._held: Window | None = None  # what the last step left
 
     def shapes(self, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
         """Returns the steps in windows that go with those of these shapes."""
@@ -73,8 +72,9 @@ class Windows:
         self._compiled[shape] = Window(self._programs, shape)
 
     def forget(self) -> None:
-        """Notes that something else writes to the cache."""
-        self._last, self._current = None, False
+        """Notes that something else writes to the cache, or that nothing goes on; the window is freed."""
+        self._last = None
+        self._leave()
 
     def step(self, shape: Shape, arrays: tuple[Ints, Ints, Ints, Ints]) -> Loaded | None:
         """Returns the step that goes on from a window with this batch, None if none does.
@@ -89,11 +89,14 @@ class Windows:
         last, self._last = self._last, _Rows(shape, positions, lengths, tables)
         window = self._compiled.get(shape._replace(window=True))
         if window is None or last is None or not last.lead_to(self._last):
-            self._current = False
+            self._leave()
             return None
-        if not self._current:
-            if self._held is not None:
-                self._held.leave()
+        if self._held is None:
             window.enter(tables, positions)
-            self._held, self._current = window, True
+            self._held = window
         return window.loaded
+
+    def _leave(self) -> None:
+        if self._held is not None:
+            self._held.leave()
+            self._held = None
