@@ -87,7 +87,7 @@ def large_route(run: Run, c: Compact, beside: threading.Thread | None = None) ->
     first_dual(run, c, dual, board)
     jobs: list[Callable[[], None]] = [lambda: climb(run, c, dual, board, graph)]
     extra = threads_of(run) - 1 - (beside is not None)
-    jobs += [lambda k=k: walk(run, c, graph, board, k) for k in range(1, 1 + max(0, extra))]
+    jobs += [lambda k=k: Search(run, c, graph, board, k).go() for k in range(1, 1 + max(0, extra))]
     run_threads(run, jobs, board.stop)
     priced = int((dual.best_price > 0).sum())
     run.note(f"prices: {dual.evaluations} evaluations, bound {dual.bound:.10g}, {priced} segments priced")
@@ -133,7 +133,7 @@ def climb(run: Run, c: Compact, dual: Dual, board: Board, graph: Graph) -> None:
     dual.price = dual.best_price
     dual.evaluate(SETTLING_PASSES)
     board.climbing = False
-    walk(run, c, graph, board, 0, CoreSearch(c, excess_costs(dual), run.seed))
+    Search(run, c, graph, board, 0, CoreSearch(c, excess_costs(dual), run.seed)).go()
 
 
 class Ascent:
@@ -162,48 +162,85 @@ def starting_prices(dual: Dual, c: Compact) -> FloatArray:
     return np.full(c.segments, 1e-3 * abs(dual.bound) / (dual.scale * c.segments))
 
 
-def walk(run: Run, c: Compact, graph: Graph, board: Board, k: int, cores: CoreSearch | None = None) -> None:
-    """A searching thread: cools down from its own temperature, then polishes the best choice of all
-    threads. The first thread also gives HiGHS sub-MILPs and core problems; the others the surroundings of
-    forbidden pairs that are left, and they start again where they find nothing more and the gap is wide.
+class Search:
+    """A searching thread: cools down from its own temperature, then polishes the best choice of all threads.
+
+    The first thread (k = 0) also gives HiGHS sub-MILPs and core problems of that choice; the others the
+    surroundings of forbidden pairs that are left, and they start again where they find nothing more and the
+    gap is wide.
     """
-    walker = Walker(c, graph, board.x, run.seed * 64 + k)
-    patches = SubMilp(c, run.seed * 64 + k)
-    began, polishing, on_cores = run.elapsed(), False, 0.0
-    since = Restarts()
-    while not board.stop.is_set() and not run.done():
-        share = (run.elapsed() - began) / max(1e-9, run.seconds - began) / COOLING_SHARE
-        hottest = abs(board.bound) * START_TEMPERATURE * 4.0 ** ((k + 1) % 3 - 1)
-        behind = FALL_BEHIND * abs(board.bound) if share < 1 else 0.0
-        temperature = hottest * (1 - share) if share < 1 else 0.0
-        broken = board.value >= walker.penalty
-        due = share < 1 and not broken and since.due(board, run)
-        if due or (k > 0 and share < LAST_START and since.stale(walker.best, board, run)):
+
+    def __init__(
+        self, run: Run, c: Compact, graph: Graph, board: Board, k: int, cores: CoreSearch | None = None
+    ):
+        self.run, self.c, self.graph, self.board, self.k, self.cores = run, c, graph, board, k, cores
+        self.walker = Walker(c, graph, board.x, run.seed * 64 + k)
+        self.patches = SubMilp(c, run.seed * 64 + k)
+        self.since, self.began = Restarts(), run.elapsed()
+        self.polishing, self.on_cores = False, 0.0
+
+    def go(self) -> None:
+        """Searches until time is up or the gap is closed."""
+        while not self.board.stop.is_set() and not self.run.done():
+            share = (self.run.elapsed() - self.began) / max(1e-9, self.run.seconds - self.began)
+            cooled = share / COOLING_SHARE
+            self.stand(cooled)
+            self.walker.chunk(self.board.price, self.temperature(cooled))
+            if self.board.offer(self.walker.best_x, self.walker.best):
+                self.run.offer(self.c.restore(self.walker.best_x))
+            if not closing(self.run) and math.isfinite(self.board.value):
+                self.ask_highs()
+        self.tell()
+
+    def temperature(self, cooled: float) -> float:
+        """Returns the walk's temperature; cooled: 0 at the beginning, from 1 on there is none."""
+        hottest = abs(self.board.bound) * START_TEMPERATURE * 4.0 ** ((self.k + 1) % 3 - 1)
+        return hottest * max(0.0, 1 - cooled)
+
+    def stand(self, cooled: float) -> None:
+        """Moves the walker where it should go on: the dual's rounding, the best choice of all, its own."""
+        board, walker, since = self.board, self.walker, self.since
+        if self.starts_again(cooled):
             walker.restart(board.rounded)
-        elif since.settled(run) and board.value < walker.best - behind:
+        elif since.settled(self.run) and board.value < walker.best - self.leave(cooled):
             walker.move_to(board.x)
-        elif share >= 1 and not polishing and math.isfinite(walker.best):
-            polishing = True
+        elif cooled >= 1 and not self.polishing and math.isfinite(walker.best):
+            self.polishing = True
             walker.move_to(walker.best_x)
-        walker.chunk(board.price, temperature)
-        if board.offer(walker.best_x, walker.best):
-            run.offer(c.restore(walker.best_x))
-        if closing(run) or not math.isfinite(board.value):
-            continue
-        if k == 0:
-            improve_patch(run, c, graph, board, patches)
-        elif math.isfinite(walker.best) and walker.best >= walker.penalty:
-            repair(run, walker, board, patches)
-        spent = on_cores > CORE_SHARE * (run.elapsed() - began)
-        if cores is not None and not spent:
-            on_cores += improve_core(run, c, board, cores)
-    run.note(f"search {k}: {walker.total_moves} moves, best {walker.best + c.const:.10g}")
-    if patches.tried:
-        run.note(
-            f"sub-MILP {k}: {patches.tried} tried, {patches.improved} improved, budget {patches.budget:.0f}"
-        )
-    if cores is not None:
-        run.note(f"cores: {cores.tried} tried, {cores.improved} improved, last {cores.columns} columns")
+
+    def starts_again(self, cooled: float) -> bool:
+        """Whether the walker leaves the region it is in for that of the dual's rounding."""
+        broken = self.board.value >= self.walker.penalty
+        if cooled < 1 and not broken and self.since.due(self.board, self.run):
+            return True
+        late = self.k == 0 or cooled >= LAST_START
+        return not late and self.since.stale(self.walker.best, self.board, self.run)
+
+    def leave(self, cooled: float) -> float:
+        """Returns by how much a walker may be behind the best choice before it is moved there."""
+        return FALL_BEHIND * abs(self.board.bound) if cooled < 1 else 0.0
+
+    def ask_highs(self) -> None:
+        """Gives HiGHS a part of the problem: which part, depends on the thread."""
+        if self.k == 0:
+            improve_patch(self.run, self.c, self.graph, self.board, self.patches)
+        elif math.isfinite(self.walker.best) and self.walker.best >= self.walker.penalty:
+            repair(self.run, self.walker, self.board, self.patches)
+        spent = self.on_cores > CORE_SHARE * (self.run.elapsed() - self.began)
+        if self.cores is not None and not spent:
+            self.on_cores += improve_core(self.run, self.c, self.board, self.cores)
+
+    def tell(self) -> None:
+        """Notes what was done."""
+        run, k, patches, cores = self.run, self.k, self.patches, self.cores
+        run.note(f"search {k}: {self.walker.total_moves} moves, best {self.walker.best + self.c.const:.10g}")
+        if patches.tried:
+            run.note(
+                f"sub-MILP {k}: {patches.tried} tried, {patches.improved} improved, "
+                f"budget {patches.budget:.0f}"
+            )
+        if cores is not None:
+            run.note(f"cores: {cores.tried} tried, {cores.improved} improved, last {cores.columns} columns")
 
 
 class Restarts:
