@@ -17,13 +17,13 @@ from autopar.serve import Buckets, window
 from autopar.serve.batch import StepBatch
 from autopar.serve.window import _Rows
 
-BUCKETS = Buckets(rows=(2,), new=(16,), blocks=(3,), tokens=32)
+BUCKETS = Buckets(rows=(8,), new=(16,), blocks=(3,), tokens=32)  # no prefill step has eight rows
 PROMPTS = [list(map(int, np.random.default_rng(3).integers(0, 256, n))) for n in (5, 14, 9)]
 
 
 @pytest.fixture(scope="module")
 def model():
-    changes = {"weights": "random", "buckets": BUCKETS, "tokens": 512, "max_length": 48, "behind": False}
+    changes = {"weights": "random", "buckets": BUCKETS, "tokens": 2048, "max_length": 48, "behind": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(window, "LEAST_ROWS", 1)
         with autopar.serve.load("opt-tiny", **changes) as model:
@@ -65,7 +65,7 @@ class Driver:
             tokens = np.array([ids[-1:] for ids in self.ids], np.int32)
             at = np.array([len(ids) - 1 for ids in self.ids], np.int32)
             found = self.runner.run(StepBatch(tokens, at, np.ones(2, np.int32), self.tables)).last()
-            self.windowed += self.runner._windows._current
+            self.windowed += self.runner._windows._held is not None
             for row, ids in enumerate(self.ids):
                 self.logits[row][int(at[row])] = found[row]
                 ids.append(int(found[row].argmax()))
@@ -107,6 +107,20 @@ def test_copied_blocks_are_seen_and_the_cache_is_complete(model):
     driver.tables[0, 0] = 9
     driver.decode(3)
     driver.check()
+
+
+def test_a_window_that_was_freed_is_filled_again(model):
+    driver = Driver(model._runner)
+    driver.prefill(0, PROMPTS[2])
+    driver.prefill(1, PROMPTS[1])
+    driver.decode(3)
+    before = sum(x.nbytes for x in jax.live_arrays())
+    driver.runner.rest()
+    window = model.setup.served.window(Shape(8, 1, 3, window=True))
+    assert before - sum(x.nbytes for x in jax.live_arrays()) == sum(x.size * 4 for x in jax.tree.leaves(window))
+    driver.decode(3)
+    driver.check()
+    assert driver.windowed == 2 + 2
 
 
 def test_requests_that_come_and_go_keep_their_tokens(model):

@@ -61,7 +61,8 @@ class Runner(Protocol):
         blocks: KV blocks there are, `SCRATCH` among them.
         max_length: longest sequence, prompt and answer together, in tokens.
         groups: steps that may be in flight at once (the stages of a pipeline).
-        row_buckets, new_buckets: sizes of `[rows, new]` of steps, ascending; decode steps have new = 1.
+        row_buckets, new_buckets: sizes of `[rows, new]` of steps, ascending; decode steps have new = 1. A
+            prefill step may have one row in any case.
         table_buckets: numbers of blocks a step's tables may have, ascending.
         max_tokens: most padded tokens (rows × new) of a prefill step of more than one row.
     """
@@ -82,6 +83,10 @@ class Runner(Protocol):
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies KV blocks, (from, to) each, before the next step: forks part at a half-full block."""
+        ...
+
+    def rest(self) -> None:
+        """Frees what only speeds up steps that follow each other: nothing runs or waits now."""
         ...
 
     def close(self) -> None:

@@ -146,6 +146,7 @@ class Core:
             assert self.scheduler.idle, "nothing runs although requests wait"
         if self.scheduler.idle:
             self.delivery.deliver()  # there is no next step to do it beside
+            self.runner.rest()
 
     def _count_admitted(self) -> None:
         for job in self.scheduler.take_admitted():
