@@ -204,7 +204,8 @@ class Bench:
         return replace(self.rows[said], name=name, variant=variant, planning=planning)
 
     def _judged(self, found: ShardingPlan) -> Row:
-        lowered = lower(self.traced, step_segment(self.graph), found, jax_mesh(self.mesh, self._devices))
+        jmesh = jax_mesh(self.mesh, self._devices)
+        lowered = lower(self.traced, step_segment(self.graph), found, jmesh, ordered=True)
         replaced = {i: o for o, i in self.graph.aliases}
         jitted = Compiled(lowered, tuple(sorted(replaced)), heirs(self.graph)).jitted
         ready = jitted.lower(*lowered.inputs)  # type: ignore[attr-defined]
