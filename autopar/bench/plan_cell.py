@@ -44,8 +44,8 @@ STRUCTURE = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
 }
-"""How programs are compiled to be read: collectives apart, the schedule that needs least memory, barriers kept
-until that is made, and machine code in a hurry. The instructions are those of a full compilation."""
+"""How programs are compiled to be read: collectives apart, the schedule that needs least memory, barriers
+kept until that is made, and machine code in a hurry. The instructions are those of a full compilation."""
 
 
 @dataclass(frozen=True)

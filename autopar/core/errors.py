@@ -49,11 +49,19 @@ class DoesNotFit(PlanError):
 
     Attributes:
         missing: bytes by which the best plan found is over the limit, or None.
+        leanest: bytes that the plan takes which takes least, of those found, or None.
+        least: bytes that every plan takes, where it is proven that nothing fits, or None.
     """
 
-    def __init__(self, message: str, missing: int | None = None):
+    def __init__(
+        self,
+        message: str,
+        missing: int | None = None,
+        leanest: int | None = None,
+        least: int | None = None,
+    ):
         super().__init__(message)
-        self.missing = missing
+        self.missing, self.leanest, self.least = missing, leanest, least
 
 
 class ProgramError(AutoparError):

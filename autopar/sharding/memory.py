@@ -60,8 +60,6 @@ def usage(
 
     def keep(key: Key, home: Home, span: tuple[int, int, bool]) -> None:
         start, stop, residual = span
-        if region.whole and not key[0] and key[1] in region.arriving:  # the caller's, who may keep it
-            start, stop = 0, end if region.microbatches == 1 else turn
         if residual and region.whole and in_flight == 1:  # one program: freed as the backward goes
             add(key, home, start, stop, RESIDUAL)
         elif residual:
@@ -79,11 +77,14 @@ def usage(
         if span is None:
             continue
         start, stop, residual = span
+        given = region.whole and not key[0] and key[1] in region.arriving
+        if given:  # the caller's, who may keep it
+            start, stop = 0, end if region.microbatches == 1 else turn
         if not key[0] and key[1] in sums:
             add(key, home, 0, end, STATE, region.microbatches if sums[key[1]] is Combine.CONCAT else 1)
             stop = min(stop, max(turn, start + 1))
         keep(key, home, (start, stop, residual))
-        for when, longer in spans.longer(key, stop):
+        for when, longer in () if given else spans.longer(key, stop):
             keep(key, model.entry(key, when), longer)
     return (*items, *_passing_by(model, local, nbytes))
 

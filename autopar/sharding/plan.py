@@ -21,14 +21,14 @@ from autopar.sharding.assemble import Costs, assemble
 from autopar.sharding.build import Builder
 from autopar.sharding.copies import share_reads
 from autopar.sharding.grid import Grid, grid_of
-from autopar.sharding.memory import BY, STATE, Item, totals, usage
+from autopar.sharding.limited import fitting, leanest
+from autopar.sharding.memory import BY, Item, totals, usage
 from autopar.sharding.model import Model
 from autopar.sharding.moved import second_layouts
 from autopar.sharding.options import Options
 from autopar.sharding.region import Region, extract, region_key
 from autopar.sharding.result import Reader, loops, specs_of, triples
 from autopar.sharding.solving import Solved, least_peak, minimise
-from autopar.sharding.text import gigabytes
 
 DEFAULT = Options()
 
@@ -41,18 +41,6 @@ PRICES = (0.0, 1e-12, 1e-11, 1e-10)
 SHARED_GAP, WORTH = 1.1, 0.005
 """How much further from the optimum than for its own stage a plan may be proven for another one, where the
 solver ran out of time: that factor, and half a per cent."""
-
-FAR = 0.05
-"""A plan that keeps gathered state and is not proven to be this near the best is compared with one that
-gathers again."""
-
-TRIES = 4
-"""How often a plan is looked for below a lower limit when what is moved does not fit beside it."""
-
-NOTHING = Solved(None, math.inf, math.inf, "infeasible")
-
-LEAN = 1e-6
-"""Seconds per byte at which memory is all that counts."""
 
 
 @dataclass(frozen=True)
@@ -214,24 +202,26 @@ def _planned(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
 
 
 def _kept_or_moved(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
-    """State that both passes read in another layout is kept in it, as long as that fits (and is not far from
-    the best plan: what is held in a second layout then is in the way)."""
+    """State that both passes read in another layout is kept in it, unless memory is short and the plan that
+    moves it twice is faster."""
     if options.regather is not None or not keyed.region.whole:
         return _solve(_prepared(keyed, mesh, options))
     setting = _prepared(keyed, mesh, replace(options, regather=False))
+    again = replace(options, regather=True)
     try:
         kept = _solve(setting)
-    except DoesNotFit:
-        if setting.least > limit_of(options, mesh):  # whatever is moved again, that fits no better
+    except DoesNotFit as error:
+        if error.least is not None:  # whatever is moved again, that fits no better
             raise
-        return _solve(_prepared(keyed, mesh, replace(options, regather=True)))
-    if kept.gap <= FAR:
+        return _solve(_prepared(keyed, mesh, again))
+    if kept.objective <= (1 + options.gap) * setting.free(options.memory_price).objective:
         return kept
     try:
-        moved = _solve(_prepared(keyed, mesh, replace(options, regather=True)))
+        moved = _solve(_prepared(keyed, mesh, again))
     except DoesNotFit:
         return kept
-    return min(kept, moved, key=lambda found: found.objective)
+    best = min(kept, moved, key=lambda found: found.objective)
+    return replace(best, bound=min(kept.bound, moved.bound))
 
 
 @functools.lru_cache(maxsize=256)
@@ -343,75 +333,10 @@ def _solve(setting: Setting, price: float | None = None, limited: bool = True) -
     solved = setting.free(price)
     fits = solved.chosen is not None and (limit is None or setting.memory(solved.chosen).peak <= limit)
     if limit is not None and not fits:
-        solved = _limited(setting, price, limit)
+        solved = fitting(setting, price, limit)
     if solved.chosen is None:
-        solved = _leanest(setting, limit, solved)
+        solved = leanest(setting)
     return _finish(setting, solved, price)
-
-
-def _limited(setting: Setting, price: float, limit: int) -> Solved:
-    """Returns the best choice found that keeps within a limit which the best one without it exceeds."""
-    options = setting.options
-    costs = setting.costs(price)
-    solved = minimise(costs, limit, options.seconds, options.gap)
-    if solved.chosen is None:
-        costs = setting.costs(price, cautious=False)
-        solved = minimise(costs, limit, options.seconds, options.gap)
-    return solved if solved.chosen is None else _within(setting, costs, limit, solved)
-
-
-def _within(setting: Setting, costs: Costs, limit: int, solved: Solved) -> Solved:
-    """Returns a choice that fits with what the solver does not see, looked for below ever lower limits."""
-    options, lower, bound = setting.options, limit, solved.bound
-    for _ in range(TRIES):
-        assert solved.chosen is not None
-        over = setting.memory(solved.chosen).peak - limit
-        if over <= 0:
-            return replace(solved, bound=bound, status=solved.status if lower == limit else "feasible")
-        lower -= over
-        solved = minimise(costs, lower, options.seconds / 2, options.gap) if lower > 0 else NOTHING
-        if solved.chosen is None:
-            return replace(NOTHING, status="unknown")
-    fits = setting.memory(solved.chosen or ()).peak <= limit
-    return replace(solved, bound=bound, status="feasible") if fits else replace(NOTHING, status="unknown")
-
-
-def _leanest(setting: Setting, limit: int | None, failed: Solved) -> Solved:
-    """Returns the leanest plan if that fits after all; explains what is missing otherwise."""
-    items = tuple(replace(item, role=STATE) for item in setting.items)
-    costs = setting.merged(assemble(setting.model, setting.grid, setting.nbytes, items, LEAN))
-    lean = minimise(costs, None, setting.options.seconds, setting.options.gap)
-    if lean.chosen is None:
-        raise PlanError(
-            "the pinned layouts contradict each other: no choice satisfies all of them; "
-            "leave one of them out to see which"
-            if setting.options.pinned
-            else f"no way to shard these equations over {setting.mesh} has a finite cost; "
-            "check the rates of the device and the links"
-        )
-    memory = setting.memory(lean.chosen)
-    if limit is None or (failed.status != "infeasible" and memory.peak <= limit):
-        return replace(lean, bound=-math.inf, status="feasible")
-    least = least_peak(setting.items)
-    missing = least - limit if least > limit else max(1, memory.peak - limit)
-    raise DoesNotFit(
-        f"{setting.mesh} has {gigabytes(limit)} per device, but the plan that needs least takes "
-        f"{gigabytes(memory.peak)} (state {gigabytes(memory.state)}, activations "
-        f"{gigabytes(memory.activations)} × {memory.in_flight} in flight, workspace "
-        f"{gigabytes(memory.workspace)}); at least {gigabytes(missing)} are missing. Biggest per device: "
-        f"{biggest(setting, lean.chosen)}. Use more devices, or smaller or fewer micro-batches in flight",
-        missing,
-    )
-
-
-def biggest(setting: Setting, chosen: Sequence[int], count: int = 3) -> str:
-    """Returns the tensors that take most of a device, for people."""
-    items = sorted(setting.items, key=lambda item: -int(item.nbytes[chosen[item.node]]))
-    words: list[str] = []
-    for item in items[:count]:
-        value = setting.model.value(item.key)
-        words.append(f"{value.name or item.role} {value} {gigabytes(int(item.nbytes[chosen[item.node]]))}")
-    return ", ".join(words)
 
 
 def _finish(setting: Setting, solved: Solved, price: float) -> ShardingPlan:

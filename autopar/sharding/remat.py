@@ -94,19 +94,19 @@ def choose(graph: Graph, mesh: Mesh, options: Options) -> Chosen:
         DoesNotFit: no assignment fits; says what the best one misses, and whether that is proven.
     """
     search = Search(graph, mesh, options)
-    joint = search.joint() if search.small else None
+    joint = search.joint() if search.small and not search.few else None
     if joint is not None and joint.status == "infeasible":
-        raise search.failure("it is proven that no choice of layers to recompute fits")
+        raise search.failure(proven=True)
     for taken in search.candidates(joint):
         search.visit(taken)
         if search.late():
             break
     if search.best is None:
-        raise search.failure("recomputing does not help")
+        raise search.failure(proven=search.few and search.excluded)
     best = search.best
-    bound = joint.bound if joint is not None and math.isfinite(joint.bound) else 0.0
     remat = tuple(zip(search.names, best))
-    return Chosen(remat, search.planned(best), search.seconds(best), max(0.0, bound), len(search.visited))
+    bound = search.bound(joint)
+    return Chosen(remat, search.planned(best), search.seconds(best), bound, len(search.visited))
 
 
 @dataclass
@@ -248,23 +248,45 @@ class Search:
         graph = restrict(self.graph, dict(zip(self.names, taken)))
         return intra.plan(graph, range(len(graph.equations)), self.mesh, options)
 
+    @property
+    def excluded(self) -> bool:
+        """Whether of every assignment that was planned it is proven that it does not fit."""
+        return all(isinstance(e, DoesNotFit) and e.least is not None for e in self.visited.values())
+
+    def bound(self, joint: Solved | None) -> float:
+        """Returns seconds that no assignment that fits goes below; 0 if not known."""
+        if not self.few:
+            return max(0.0, joint.bound) if joint is not None and math.isfinite(joint.bound) else 0.0
+        return min(map(self._at_least, itertools.product(*self.layers.values())))
+
+    def _at_least(self, taken: Taken) -> float:
+        found = self.visited.get(taken)
+        if isinstance(found, ShardingPlan):
+            return found.bound
+        return self.fastest(taken) if found is None or found.least is None else math.inf
+
     def late(self) -> bool:
         """Whether time is up and there is something to return."""
         return self.best is not None and time.monotonic() - self.began > SECONDS
 
-    def failure(self, why: str) -> DoesNotFit:
-        """Returns the error when nothing fits, with what the assignment that misses least says."""
+    def failure(self, proven: bool) -> DoesNotFit:
+        """Returns the error when nothing fits, with what the assignment says that takes least."""
         if not self.visited:
             self.visit(tuple(remats[-1] for remats in self.layers.values()))
         errors = {taken: e for taken, e in self.visited.items() if isinstance(e, DoesNotFit)}
         limit = gigabytes(intra.limit_of(self.options, self.mesh))
-        if not errors:
-            return DoesNotFit(f"nothing fits into {limit}: {why}")
-        taken = min(errors, key=lambda t: errors[t].missing or math.inf)
+        taken = min(errors, key=lambda t: errors[t].leanest or errors[t].missing or math.inf)
+        nearest, least = errors[taken], [e.least for e in errors.values() if e.least is not None]
         again = [f"{n}: {r}" for n, r in zip(self.names, taken) if r is not Remat.NONE][:MOST_SHOWN]
         words = f"recomputing {', '.join(again)}" if again else "recomputing nothing"
+        why = "no choice of layers to recompute was found that does"
+        if proven:
+            most = f", the least that any takes is {gigabytes(min(least))}" if least else ""
+            why = f"it is proven that no choice of layers to recompute fits{most}"
         return DoesNotFit(
-            f"nothing fits into {limit}; {why}; nearest is {words}: {errors[taken]}; add devices, use more "
+            f"nothing fits into {limit}; {why}; nearest is {words}: {nearest}; add devices, use more "
             "micro-batches",
-            errors[taken].missing,
+            nearest.missing,
+            nearest.leanest,
+            min(least) if proven and least else None,
         )
