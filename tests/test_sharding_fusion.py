@@ -18,8 +18,9 @@ from autopar.runtime.segments import Compiled
 from autopar.sharding.fusion import Fusion
 from autopar.sharding.memory import Spans
 from autopar.sharding.options import Options
-from autopar.sharding.plan import plan, prepare
+from autopar.sharding.plan import plan
 from autopar.sharding.region import extract
+from autopar.sharding.setting import prepare
 from autopar.trace.capture import capture
 from autopar.trace.gradient import value_and_grad
 

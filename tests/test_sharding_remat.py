@@ -19,6 +19,7 @@ from autopar.sharding.alternatives import conditional, layers
 from autopar.sharding.assemble import assemble
 from autopar.sharding.options import Options
 from autopar.sharding.restrict import choosing, restrict
+from autopar.sharding.setting import prepare
 from autopar.sharding.solving import minimise
 from autopar.stages import assign
 from autopar.trace.capture import capture
@@ -89,7 +90,7 @@ def test_with_an_assignment_fixed_the_program_is_that_of_its_graph():
     for taken, graph in each(every).items():
         fixed = [np.where([r is t for r in rs], 0.0, np.inf) for rs, t in zip(names.values(), taken)]
         together = minimise(replace(costs, nodes=(*costs.nodes[:free], *fixed)), None, 20.0, 0.0)
-        own = intra.prepare(intra.extract(graph, everything(graph)), mesh(2), OPTIONS)
+        own = prepare(intra.extract(graph, everything(graph)), mesh(2), OPTIONS)
         apart = minimise(own.costs(0.0), None, 20.0, 0.0)
         assert together.status == apart.status == "optimal"
         assert together.objective == pytest.approx(apart.objective, rel=1e-6), taken

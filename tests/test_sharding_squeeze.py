@@ -15,8 +15,8 @@ from autopar.core.errors import DoesNotFit
 from autopar.core.mesh import Axis, Device, Mesh
 from autopar.sharding import plan as intra
 from autopar.sharding.options import Options
-from autopar.sharding.plan import canonical, prepare
 from autopar.sharding.region import extract
+from autopar.sharding.setting import canonical, prepare
 from autopar.sharding.squeeze import moments_of, squeeze
 from autopar.stages import assign
 from autopar.trace.capture import capture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,12 @@ class Block(nn.Module):
         return add(x, "norm_feed_forward", feed_forward)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _block(config: TransformerConfig, style: Style, params: Any, x: Array) -> Array:
+    """A block without dropout as a function of its parameters: like blocks are traced once."""
+    return Block(config, style, parent=None).apply({"params": params}, x, True)  # type: ignore[return-value]
+
+
 def run_blocks(config: TransformerConfig, style: Style, x: Array, deterministic: bool) -> Array:
     """Returns `x` after all blocks; creates their modules in the module that is being called.
 
@@ -102,7 +109,12 @@ def run_blocks(config: TransformerConfig, style: Style, x: Array, deterministic:
     )
     if not config.scan_layers:
         for i in range(config.layers):
-            x = block(config, style, name=f"Block_{i}")(x, deterministic)
+            module = block(config, style, name=f"Block_{i}")
+            if config.remat or not deterministic or module.is_initializing():
+                x = module(x, deterministic)
+            else:
+                with jax.named_scope(f"Block_{i}"):
+                    x = _block(config, style, module.variables["params"], x)
         return x
     scanned = nn.scan(
         lambda module, carry, _: (module(carry, deterministic), None),

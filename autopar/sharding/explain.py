@@ -15,8 +15,8 @@ from autopar.core.plan import ShardingPlan
 from autopar.core.spec import Spec, text
 from autopar.sharding.assemble import Floats
 from autopar.sharding.options import Options
-from autopar.sharding.plan import Setting, canonical, limit_of, prepare
 from autopar.sharding.region import Region, extract
+from autopar.sharding.setting import Setting, canonical, limit_of, prepare
 from autopar.sharding.solving import minimise
 
 SECONDS = 5.0

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from autopar.core.errors import DoesNotFit, PlanError
 from autopar.sharding.assemble import Costs, assemble
 from autopar.sharding.memory import STATE
+from autopar.sharding.mixing import LEAN, mixed
 from autopar.sharding.solving import Solved, least_peak, minimise
 from autopar.sharding.squeeze import Squeezed, moments_of, remember, squeeze
 from autopar.sharding.text import gigabytes
 
 if TYPE_CHECKING:
-    from autopar.sharding.plan import Setting
+    from autopar.sharding.setting import Setting
 
 TRIES = 4
 """How often a plan is looked for below a lower limit when what is moved does not fit beside it."""
@@ -24,10 +25,10 @@ WATCHED, APART = 3000, 1000
 """Programs of at most so many nodes are looked at moment by moment; in the integer program of so many, like
 parts may choose differently."""
 
-NOTHING = Solved(None, math.inf, math.inf, "infeasible")
+NEAR = 0.1
+"""A mixture of two plans that is proven to be this near the best is taken as it is."""
 
-LEAN = 1e-6
-"""Seconds per byte at which memory is all that counts."""
+NOTHING = Solved(None, math.inf, math.inf, "infeasible")
 
 
 def fitting(setting: Setting, price: float, limit: int) -> Solved:
@@ -40,6 +41,20 @@ def fitting(setting: Setting, price: float, limit: int) -> Solved:
         DoesNotFit: nothing was found; says what is missing, and which tensors are the biggest.
         PlanError: pinned layouts contradict each other.
     """
+    mixture = mixed(setting, price, limit)
+    if mixture.chosen is not None and mixture.objective * (1 - NEAR) <= mixture.bound:
+        return mixture
+    try:
+        found = _searched(setting, price, limit)
+    except DoesNotFit:
+        if mixture.chosen is None:
+            raise
+        return mixture
+    best = min(mixture, found, key=lambda each: each.objective)
+    return replace(best, bound=min(best.objective, max(mixture.bound, found.bound)))
+
+
+def _searched(setting: Setting, price: float, limit: int) -> Solved:
     nodes = len(setting.model.nodes)
     hopeless = setting.least > limit and not setting.region.whole  # one of several stages to choose from
     if price or nodes > WATCHED or hopeless:

@@ -12,15 +12,16 @@ bisected.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from autopar.core.errors import DoesNotFit, PlanError
-from autopar.core.graph import Alternative, Graph, Remat
+from autopar.core.graph import Alternative, Graph, OpKind, Remat
 from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
 from autopar.sharding import plan as intra
@@ -28,8 +29,10 @@ from autopar.sharding.alternatives import conditional
 from autopar.sharding.assemble import assemble
 from autopar.sharding.memory import BY
 from autopar.sharding.options import Options
-from autopar.sharding.region import extract, signature
+from autopar.sharding.region import extract
 from autopar.sharding.restrict import choosing, restrict
+from autopar.sharding.setting import Setting, canonical, limit_of, prepare
+from autopar.sharding.shallow import layer_kinds, shallow
 from autopar.sharding.solving import Solved, minimise
 from autopar.sharding.text import gigabytes
 
@@ -42,7 +45,10 @@ WHOLE = 250
 ENUMERATED = 27
 """So many assignments are all gone through."""
 
-SECONDS = 60.0
+COARSE = 24
+"""How many layers compute more is found out to the length of the path over this."""
+
+SECONDS = 30.0
 """Time after which the best assignment found so far is returned."""
 
 UNLIMITED = 1 << 60
@@ -93,7 +99,12 @@ def choose(graph: Graph, mesh: Mesh, options: Options) -> Chosen:
     Raises:
         DoesNotFit: no assignment fits; says what the best one misses, and whether that is proven.
     """
-    search = Search(graph, mesh, options)
+    return _chosen(intra.Same(graph), mesh, options)
+
+
+@functools.lru_cache(maxsize=4)
+def _chosen(same: intra.Same, mesh: Mesh, options: Options) -> Chosen:
+    search = Search(same.graph, mesh, options)
     joint = search.joint() if search.small and not search.few else None
     if joint is not None and joint.status == "infeasible":
         raise search.failure(proven=True)
@@ -124,21 +135,29 @@ class Search:
         self.layers = choosing(self.graph)
         self.names = tuple(self.layers)
         self.few = math.prod(map(len, self.layers.values())) <= ENUMERATED
+        every = layer_kinds(self.graph)
+        self.kinds = {name: every[self.graph.layers.index(name)] if name else () for name in self.names}
+        self.brief = shallow(self.graph, every)
+
+    @functools.cached_property
+    def setting(self) -> Setting:
+        """The choice model of all alternatives."""
         region = extract(self.graph, range(len(self.graph.equations)))
-        self.setting = intra.prepare(region, self.mesh, intra.canonical(self.options, region))
+        return prepare(region, self.mesh, canonical(self.options, region))
 
     # the integer program of all alternatives
     @property
     def small(self) -> bool:
         """Whether the whole program is one to solve at once."""
-        return len(self.setting.model.nodes) <= WHOLE
+        products = sum(e.kind is OpKind.CONTRACTION for e in self.graph.equations)
+        return products <= WHOLE and len(self.setting.model.nodes) <= WHOLE
 
     def joint(self) -> Solved:
         """Returns the solution of the whole program under the limit."""
         s = self.setting
         items = tuple(item for item in s.items if item.role != BY)
         costs = conditional(assemble(s.model, s.grid, s.nbytes, items, 0.0), s.model)
-        limit = intra.limit_of(self.options, self.mesh)
+        limit = limit_of(self.options, self.mesh)
         return minimise(costs, limit, self.options.seconds, self.options.gap)
 
     def taken(self, solved: Solved) -> Taken | None:
@@ -157,12 +176,12 @@ class Search:
             yield from sorted(itertools.product(*self.layers.values()), key=self.fastest)
             return
         path = self._path()
-        low, high = -1, len(path) - 1  # low does not fit
+        low, high = -1, len(path) - 1  # low does not fit, or is slower because so little is left
         yield path[high]
-        while high - low > 1:
+        while high - low > max(1, len(path) // COARSE):
             middle = (low + high) // 2
             yield path[middle]
-            low, high = (middle, high) if self._too_big(path[middle]) else (low, middle)
+            low, high = (low, middle) if self.best == path[middle] else (middle, high)
         if self.best is None:  # computing more again can need more at once: look at the others, too
             yield from path[:: max(1, len(path) // 8)]
         yield from self._relaxed(path[0])
@@ -172,32 +191,23 @@ class Search:
         before: Taken | None = None
         while self.best is not None and self.best != before:
             before = self.best
-            for k, remat in enumerate(before):
-                if remat is not kept[k] and self.best == before:
+            kinds = {(self.kinds[name], remat): k for k, (name, remat) in enumerate(zip(self.names, before))}
+            for k in kinds.values():  # of like layers one is tried
+                if before[k] is not kept[k] and self.best == before:
                     yield (*before[:k], kept[k], *before[k + 1 :])
-
-    def _too_big(self, taken: Taken) -> bool:
-        return isinstance(self.visited[taken], DoesNotFit)
 
     def _path(self) -> list[Taken]:
         """Returns assignments from keeping everything on, each of which saves more bytes than the one before,
-        the cheapest bytes first. Equal layers are measured once."""
+        the cheapest bytes first."""
         kept = tuple(Remat.NONE if Remat.NONE in r else r[0] for r in self.layers.values())
-        base = self._unlimited(kept)
-        measured: dict[tuple[str, Remat], tuple[float, int]] = {}
+        measured = self._measured(dict(zip(self.names, kept)))
         steps: list[tuple[float, int, Remat]] = []
         for k, (name, remats) in enumerate(self.layers.items()):
-            own = [i for i, e in enumerate(self.graph.equations) if e.when is not None and e.when[0] == name]
-            kind = signature(self.graph, own)
             before = (0.0, 0)
             for remat in remats:
                 if remat is kept[k]:
                     continue
-                if (kind, remat) not in measured:
-                    plan = self._unlimited((*kept[:k], remat, *kept[k + 1 :]))
-                    saved = base.memory.activations - plan.memory.activations
-                    measured[kind, remat] = max(0.0, plan.objective - base.objective), saved
-                seconds, saved = measured[kind, remat]
+                seconds, saved = measured[self.kinds[name], remat]
                 if saved > before[1]:
                     steps.append(((seconds - before[0]) / (saved - before[1]), k, remat))
                     before = seconds, saved
@@ -208,6 +218,27 @@ class Search:
                 now[k] = remat
                 path.append(tuple(now))
         return path
+
+    def _measured(self, kept: dict[str, Remat]) -> dict[tuple[Hashable, Remat], tuple[float, int]]:
+        """Returns per kind of layer and alternative the seconds it takes and the bytes it saves, measured on
+        one layer of a graph of few. kept: the alternative of every layer that saves nothing."""
+        layers = choosing(self.brief)
+        middle = {self.kinds[name]: name for name in (*reversed(layers), *list(layers)[1:2])}
+        base = self._brief({name: kept[name] for name in layers})
+        found: dict[tuple[Hashable, Remat], tuple[float, int]] = {}
+        for kind, name in middle.items():
+            for remat in layers[name]:
+                if remat is not kept[name]:
+                    plan = self._brief({other: kept[other] for other in layers} | {name: remat})
+                    saved = base.memory.activations - plan.memory.activations
+                    found[kind, remat] = max(0.0, plan.objective - base.objective), saved
+        return found
+
+    def _brief(self, taken: dict[str, Remat]) -> ShardingPlan:
+        """Returns the plan of few layers whatever memory it needs."""
+        graph = restrict(self.brief, taken)
+        unlimited = replace(self.options, limit=UNLIMITED, regather=False)
+        return intra.plan(graph, range(len(graph.equations)), self.mesh, unlimited)
 
     def visit(self, taken: Taken) -> None:
         """Plans an assignment, unless it cannot be the best."""
@@ -274,7 +305,7 @@ class Search:
         if not self.visited:
             self.visit(tuple(remats[-1] for remats in self.layers.values()))
         errors = {taken: e for taken, e in self.visited.items() if isinstance(e, DoesNotFit)}
-        limit = gigabytes(intra.limit_of(self.options, self.mesh))
+        limit = gigabytes(limit_of(self.options, self.mesh))
         taken = min(errors, key=lambda t: errors[t].leanest or errors[t].missing or math.inf)
         nearest, least = errors[taken], [e.least for e in errors.values() if e.least is not None]
         again = [f"{n}: {r}" for n, r in zip(self.names, taken) if r is not Remat.NONE][:MOST_SHOWN]

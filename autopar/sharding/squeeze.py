@@ -27,7 +27,7 @@ from autopar.sharding.model import Home, Key
 from autopar.sharding.solving import minimise
 
 if TYPE_CHECKING:
-    from autopar.sharding.plan import Setting
+    from autopar.sharding.setting import Setting
 
 Chosen: TypeAlias = tuple[int, ...]
 Floats: TypeAlias = npt.NDArray[np.float64]
