@@ -74,7 +74,7 @@ def lower(
         return struct(jmesh, values[v].shape, sharding.dtype(values[v].dtype), spec, name)
 
     def fun(arrays: Sequence[Array]) -> list[Array]:
-        run = _Evaluation(traced, _Layouts.of(sharding), _Target(sharding, jmesh), after)
+        run = _Evaluation(traced, _Layouts.of(sharding), _Target(sharding, jmesh, bool(after)), after)
         return run(segment.equations, dict(zip(segment.inputs, arrays, strict=True)), segment.outputs)
 
     return Lowered(
@@ -109,8 +109,8 @@ class _Layouts:
 class _Target:
     """What a segment is lowered to: a mesh, and the element types of its devices."""
 
-    def __init__(self, sharding: ShardingPlan, jmesh: JaxMesh):
-        self.jmesh, self.mesh = jmesh, sharding.mesh
+    def __init__(self, sharding: ShardingPlan, jmesh: JaxMesh, ordered: bool):
+        self.jmesh, self.mesh, self.ordered = jmesh, sharding.mesh, ordered
         self.dtypes, self.products = dict(sharding.dtypes), dict(sharding.products)
         self.regather = sharding.regather
 
@@ -199,7 +199,9 @@ class _Evaluation:
         made, kept = self.layouts.made.get((e, k)), self.layouts.kept.get(v)
         if kept is None or made is None:
             return x if kept is None else self.target.constrain(x, kept)
-        return self.target.move(self.target.constrain(x, made), made, kept)
+        x = self.target.move(self.target.constrain(x, made), made, kept)
+        # or every reader would cut its part out of the whole sum, which would be kept for them
+        return jax.lax.optimization_barrier(x) if self.target.ordered else x
 
 
 class _Body:
