@@ -97,10 +97,10 @@ def planned(plan: Plan, program: Program) -> Costs:
 
     def run(segment: Segment) -> float:
         own = plan.stages[segment.stage].sharding
-        if segment.phase is Phase.FORWARD and segment.stage not in backward:  # both, or the whole step
-            return own.forward + own.backward + (0.0 if segment.stage in work else own.apply)
+        if len(program.segments) == 1:
+            return own.forward + own.backward + own.apply
         if segment.phase is Phase.FORWARD:
-            return own.forward
+            return own.forward + (0.0 if segment.stage in backward else own.backward)
         if segment.phase is Phase.BACKWARD:
             return own.backward
         micro = any(s.stage == segment.stage and s.phase is not Phase.APPLY for s in program.segments)

@@ -26,7 +26,8 @@ def joins(graph: Graph, equations: Sequence[int]) -> dict[int, tuple[int, ...]]:
     """Returns equation → the values to be joined right after it: gradients made so far, and all cotangents
     that later equations of the backward read.
 
-    Joined is where every cotangent is in memory anyway, so that nothing is written for the barrier's sake.
+    Joined is what is in memory anyway, so that nothing is written for the barrier's sake, and where no
+    cotangent made since goes on that is not.
 
     Args:
         equations: of one program, in order.
@@ -35,18 +36,23 @@ def joins(graph: Graph, equations: Sequence[int]) -> dict[int, tuple[int, ...]]:
     readers = _readers(graph, backward)
     found: dict[int, tuple[int, ...]] = {}
     waiting: list[int] = []
-    passing: dict[int, bool] = {}  # cotangents that are still to be read → whether they are in memory
+    passing: dict[int, None] = {}  # cotangents that are still to be read and are in memory
+    inside: set[int] = set()  # those made since a gradient waits that are not
     for e in backward:
         equation = graph.equations[e]
         for v in equation.operands:
             if v in readers and readers[v][-1] == e:
                 passing.pop(v, None)
+                inside.discard(v)
         for v in equation.outputs:
             if v in readers:
-                passing[v] = equation.kind not in _INSIDE or len(readers[v]) > 1
+                if equation.kind not in _INSIDE or len(readers[v]) > 1:
+                    passing[v] = None
+                elif waiting:
+                    inside.add(v)
             elif equation.kind not in _INSIDE and graph.values[v].shape:
                 waiting.append(v)
-        if waiting and passing and all(passing.values()):
+        if waiting and passing and not inside:
             found[e] = (*waiting, *passing)
             waiting = []
     return found
