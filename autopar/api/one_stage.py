@@ -37,7 +37,7 @@ from autopar.trace.traced import Traced
 
 OneStage: TypeAlias = ShardParallel | Manual | Follow | CreateState
 
-SLOWED = 1.02
+SLOWED = 1.05
 """A plan that needs no more time than so many times what it would need without a limit is not short of
 memory."""
 

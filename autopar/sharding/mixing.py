@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,8 @@ import numpy.typing as npt
 from autopar.sharding.assemble import Costs, Floats
 from autopar.sharding.memory import BY, Item
 from autopar.sharding.model import Model
+from autopar.sharding.setting import Setting
 from autopar.sharding.solving import Solved, minimise
-
-if TYPE_CHECKING:
-    from autopar.sharding.setting import Setting
 
 Choice: TypeAlias = tuple[int, ...]
 """A choice per node of the model."""
@@ -219,7 +217,7 @@ def mixed(setting: Setting, price: float, limit: int) -> Solved:
         layers_of(setting.model),
         lambda chosen: setting.memory(chosen).peak,
         limit,
-        lambda costs: minimise(costs, None, setting.options.seconds, setting.options.gap),
+        lambda costs: minimise(costs, None, 2 * setting.options.seconds, setting.options.gap),
     )
     return mixer.run(free.chosen)
 

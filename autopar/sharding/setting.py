@@ -31,6 +31,9 @@ from autopar.sharding.solving import Solved, least_peak, minimise
 DEEP = 150
 """Nodes from which on like parts share a decision."""
 
+UNHURRIED = 4
+"""Times as long as other problems those without a limit may take: all else builds on them, and few do."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -82,7 +85,8 @@ class Setting:
         """Returns the best choice at a price of memory, whatever there is of it."""
         key = "free", price, self.options.share, self.options.seconds, self.options.gap
         if key not in self.known:
-            self.known[key] = minimise(self.costs(price), None, self.options.seconds, self.options.gap)
+            patience = UNHURRIED * self.options.seconds
+            self.known[key] = minimise(self.costs(price), None, patience, self.options.gap)
         return self.known[key]
 
     @functools.cached_property
