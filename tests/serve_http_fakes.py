@@ -58,6 +58,7 @@ class Story:
     blocks: int = 200
     max_length: int = 128
     groups: int = 1
+    chains: bool = False
     row_buckets: tuple[int, ...] = (1, 4, 8)
     new_buckets: tuple[int, ...] = (1, 16, 64)
     table_buckets: tuple[int, ...] = (8, 32)

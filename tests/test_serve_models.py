@@ -38,7 +38,7 @@ class PlainLogits:
 class PlainRunner:
     """A model's step as it is, jitted, without plan or program."""
 
-    vocabulary, block_size, max_length, groups = VOCABULARY, 8, 96, 1
+    vocabulary, block_size, max_length, groups, chains = VOCABULARY, 8, 96, 1, False
     row_buckets, new_buckets, table_buckets, max_tokens = (4, 8), (1, 16), (12,), 16
 
     def __init__(self, checkpoint, blocks):

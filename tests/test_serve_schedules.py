@@ -60,11 +60,13 @@ def answers(stream: Stream) -> list[tuple]:
     return [(tokens[i], texts[i], ends[i], logs[i], prompt) for i in sorted(tokens)]
 
 
-def random_request(rng: random.Random, prefixes: list[tuple[int, ...]], longest: int) -> Request:
+def random_request(
+    rng: random.Random, prefixes: list[tuple[int, ...]], longest: int, kinds: tuple[int, ...]
+) -> Request:
     prompt = list(rng.choice(prefixes)[: rng.randint(0, 24)])
     prompt += [rng.randrange(50) for _ in range(rng.randint(1, 12))]
     common = {"max_tokens": rng.randint(0, min(20, longest - len(prompt))), "seed": rng.randrange(1000)}
-    kind = rng.randrange(6)
+    kind = rng.choice(kinds)
     if kind == 0:
         sampling = Sampling(temperature=0, **common)
     elif kind == 1:
@@ -82,12 +84,13 @@ def random_request(rng: random.Random, prefixes: list[tuple[int, ...]], longest:
 
 def small_runner(rng: random.Random) -> FakeRunner:
     """One on which several requests compete for blocks."""
-    size = rng.choice([1, 4, 8])
+    size, groups = rng.choice([1, 4, 8]), rng.choice([1, 1, 2, 3])
     return FakeRunner(
         block_size=size,
         blocks=1 + rng.randint(150 // size, 190 // size),
         max_length=48,
-        groups=rng.choice([1, 1, 2, 3]),
+        groups=groups,
+        chains=groups == 1 and rng.random() < 0.7,
         row_buckets=rng.choice([(4,), (1, 2, 4, 8)]),
         new_buckets=rng.choice([(1, 4), (1, 4, 16), (8, 64)]),
         table_buckets=(4, -(-48 // size)),
@@ -102,15 +105,16 @@ def alone(request: Request) -> list[tuple]:
     return answers(stream)
 
 
-def schedule_once(seed: int) -> int:
-    """Runs a random schedule and compares all answers; returns how many preemptions it had."""
+def schedule_once(seed: int) -> tuple[int, int]:
+    """Runs a random schedule and compares all answers; returns how often one gave way or a step was chained."""
     rng = random.Random(seed)
     bench = Bench(small_runner(rng), prefix_cache=rng.random() < 0.7, prefill_tokens=rng.choice([None, 8]))
     prefixes = [tuple(rng.randrange(50) for _ in range(24)) for _ in range(2)]
     live, gone, all_of_them = [], set(), []
+    kinds = rng.choice([(0, 1, 2, 3, 4, 5), (0, 5), (0,)])
     for _ in range(rng.randint(5, 14)):
         for _ in range(rng.randint(0, 3)):
-            request = random_request(rng, prefixes, bench.core.longest)
+            request = random_request(rng, prefixes, bench.core.longest, kinds)
             all_of_them.append((request, bench.submit(request)))
             live.append(request)
         for _ in range(rng.randint(0, 6)):
@@ -131,13 +135,13 @@ def schedule_once(seed: int) -> int:
                     assert tokens == right[: len(tokens)] and right_text.startswith(text)
             continue
         assert got == expected, request
-    return bench.core.scheduler.preemptions
+    return bench.core.scheduler.preemptions, bench.runner.chained
 
 
 @pytest.mark.parametrize("start", range(0, 240, 24))
 def test_other_requests_never_change_a_requests_tokens(start):
-    preemptions = [schedule_once(seed) for seed in range(start, start + 24)]
-    assert sum(preemptions) > 0, "the schedules are too easy"
+    preemptions, chained = zip(*(schedule_once(seed) for seed in range(start, start + 24)))
+    assert sum(preemptions) > 0 and sum(chained) > 0, "the schedules are too easy"
 
 
 def test_greedy_tokens_are_the_models():

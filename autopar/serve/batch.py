@@ -24,6 +24,7 @@ class StepBatch:
         tables: int32 `[rows, blocks]`, the KV blocks of a row in order; `SCRATCH` beyond its end.
         sampled: rows whose logits will be looked at; None: perhaps all. Of others the likeliest token is
             enough, and a model in another process need not send more.
+        after: a step of the same rows under way whose likeliest tokens are this one's; `tokens` is not read.
     """
 
     tokens: Ints
@@ -31,6 +32,7 @@ class StepBatch:
     lengths: Ints
     tables: Ints
     sampled: tuple[int, ...] | None = None
+    after: Logits | None = None
 
 
 class Logits(Protocol):
@@ -61,6 +63,7 @@ class Runner(Protocol):
         blocks: KV blocks there are, `SCRATCH` among them.
         max_length: longest sequence, prompt and answer together, in tokens.
         groups: steps that may be in flight at once (the stages of a pipeline).
+        chains: whether a step can be started `after` one whose results nobody has seen yet.
         row_buckets, new_buckets: sizes of `[rows, new]` of steps, ascending; decode steps have new = 1. A
             prefill step may have one row in any case.
         table_buckets: numbers of blocks a step's tables may have, ascending.
@@ -72,6 +75,7 @@ class Runner(Protocol):
     blocks: int
     max_length: int
     groups: int
+    chains: bool
     row_buckets: tuple[int, ...]
     new_buckets: tuple[int, ...]
     table_buckets: tuple[int, ...]

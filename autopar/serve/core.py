@@ -63,6 +63,7 @@ class Core:
         self.longest = min(runner.max_length, min(self.blocks.total, shapes.tables[-1]) * runner.block_size)
         self._results = Results(self.scheduler, self.blocks, tokenizer, self.delivery)
         self._flight: deque[tuple[Step, Logits, float]] = deque()
+        self._committed = 0.0  # when the last results were taken, seconds (monotonic clock)
         self._tokenizer = tokenizer
         self._options = options
         self._meter = meter
@@ -125,28 +126,40 @@ class Core:
         self._results.cancel(job)
 
     def step(self) -> None:
-        """Starts as many steps as can be in flight, then takes the results of the oldest."""
+        """Starts as many steps as can be in flight, then takes the results of the oldest.
+
+        One more where the runner chains them: the next decode step of the same rows, so that the model does
+        not wait for us between two.
+        """
         while len(self._flight) < self.runner.groups:
             step = self.scheduler.schedule()
             if step is None:
                 break
-            started = time.monotonic()
-            if step.copies:
-                self.runner.copy(step.copies)
-            self._flight.append((step, self.runner.run(step.batch, step.every), started))
+            self._start(step)
+        if self.runner.chains and len(self._flight) == 1:
+            following = self.scheduler.follow(*self._flight[0][:2])
+            if following is not None:
+                self._start(following)
         self.delivery.deliver()
         self._count_admitted()
         if self._flight:
             step, logits, started = self._flight.popleft()
             self._results.commit(step, logits)
             self._meter.steps += 1
-            self._meter.step_time.add(time.monotonic() - started)
+            began, self._committed = max(started, self._committed), time.monotonic()
+            self._meter.step_time.add(self._committed - began)
             self._meter.batch.add(len(step.rows))
         else:
             assert self.scheduler.idle, "nothing runs although requests wait"
-        if self.scheduler.idle:
+        if self.idle:
             self.delivery.deliver()  # there is no next step to do it beside
             self.runner.rest()
+
+    def _start(self, step: Step) -> None:
+        started = time.monotonic()
+        if step.copies:
+            self.runner.copy(step.copies)
+        self._flight.append((step, self.runner.run(step.batch, step.every), started))
 
     def _count_admitted(self) -> None:
         for job in self.scheduler.take_admitted():

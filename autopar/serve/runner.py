@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,9 @@ class CompiledRunner:
         self.block_size, self.blocks = programs.served.block_size, programs.served.blocks
         usable = (self.blocks - 1) * self.block_size
         self.max_length = min(max_length, usable, buckets.blocks[-1] * self.block_size)
-        self.groups = groups or len(programs.base.made.plan.stages)
+        stages = len(programs.base.made.plan.stages)
+        self.groups = groups or stages
+        self.chains = self.groups == stages == 1 and getattr(programs.base.session, "local", False)
         self.row_buckets, self.table_buckets = buckets.rows, buckets.blocks
         self.new_buckets = (1, *buckets.new)
         self.max_tokens = buckets.tokens
@@ -156,6 +159,9 @@ class CompiledRunner:
         rows, new = batch.tokens.shape
         loaded, shape = self._loaded(Shape(rows, new, batch.tables.shape[1], every))
         arrays = _padded(batch, shape)
+        if batch.after is not None:
+            assert isinstance(batch.after, Results), "a step after one of this runner"
+            arrays = batch.after.tokens(), *arrays[1:]
         loaded = self._windows.step(shape, arrays) or loaded
         loaded(arrays)
         return Results(loaded, batch, every)
@@ -231,6 +237,11 @@ class Results:
         fetches_tokens = not every and (self._sampled is None or len(self._sampled) < real or not real)
         self._tokens = loaded.fetch(0) if fetches_tokens else None
         self._logits = None if self._sampled == () else loaded.fetch(0 if every else 1, self._sampled)
+
+    def tokens(self) -> Any:
+        """Returns the likeliest next tokens where they are made, `[rows, 1]` as a step takes them."""
+        assert self._tokens is not None, "likeliest tokens of a step that was to be sampled"
+        return self._tokens().reshape(-1, 1)
 
     def greedy(self) -> Ints:
         """Returns the likeliest next token of each row, int32 `[rows]` (the lowest id among equals)."""

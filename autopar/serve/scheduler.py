@@ -7,6 +7,7 @@ from bisect import insort
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from autopar.serve.batch import Logits
 from autopar.serve.blocks import BlockManager
 from autopar.serve.fair import ANSWER_COST, PROMPT_COST, FairQueue
 from autopar.serve.sequence import Job, Sequence
@@ -103,6 +104,39 @@ class Scheduler:
                 self._prefilled = kind == self._prefill
                 return step
         return None
+
+    def follow(self, step: Step, logits: Logits) -> Step | None:
+        """Returns the step that goes on with the rows of a decode step that is under way.
+
+        So the model has its next work before the results of the last have been looked at. A row that ends
+        with those takes part for nothing: what comes of it is stale then.
+
+        Args:
+            logits: of the step, to be waited for.
+
+        Returns:
+            None where more must be known first: somebody waits, a row is to be sampled, will reach its limit,
+            needs another's block or fills one, which is then named by its tokens.
+        """
+        rows = [row.sequence for row in step.rows]
+        if self.waiting or len(rows) != len(self.running) or not all(map(self._goes_on, step.rows)):
+            return None
+        if sum(s.computed == s.held * self._blocks.block_size for s in rows) > self._blocks.available:
+            return None
+        for sequence in rows:
+            self._make_room(sequence, {})
+        return self._make([(sequence, 1) for sequence in rows], [], 1, logits)
+
+    def _goes_on(self, row: Row) -> bool:
+        """Whether all that a row's next step needs is its next token."""
+        sequence, job, size = row.sequence, row.sequence.job, self._blocks.block_size
+        if not (row.fresh and row.samples and row.length == 1 and sequence.remaining == 0):
+            return False
+        if not (job.plain and job.answers):  # answers part when they get their first token
+            return False
+        at, offset = divmod(sequence.computed, size)
+        own = at == sequence.held or self._blocks.references(int(sequence.table[at])) == 1
+        return own and offset + 1 < size and len(sequence.tokens) + 1 - sequence.prompt < job.limit
 
     # --- admission and release
 
@@ -292,9 +326,15 @@ class Scheduler:
         else:
             sequence.append_blocks([own])
 
-    def _make(self, chosen: list[tuple[Sequence, int]], copies: list[tuple[int, int]], new: int) -> Step:
+    def _make(
+        self,
+        chosen: list[tuple[Sequence, int]],
+        copies: list[tuple[int, int]],
+        new: int,
+        after: Logits | None = None,
+    ) -> Step:
         self._turn += 1
-        batch = batch_of(chosen, new, self._shapes, self._blocks.block_size)
+        batch = batch_of(chosen, new, self._shapes, self._blocks.block_size, after)
         rows = tuple([self._advance(sequence, length) for sequence, length in chosen])
         every = new > 1 and any(self._wants_every(row) for row in rows)
         sampled = tuple([at for at, row in enumerate(rows) if row.samples and not row.sequence.job.plain])
@@ -304,7 +344,7 @@ class Scheduler:
         start = sequence.computed
         sequence.computed += length
         sequence.turn = self._turn
-        samples = sequence.remaining == 0
+        samples = sequence.remaining <= 0  # below, where the step before has still to say its token
         sequence.pending = samples
         self._publish(sequence, start)
         self._queue.charge(sequence.job.request.key, PROMPT_COST * length if length > 1 else ANSWER_COST)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.core.errors import BadInput
-from autopar.serve.batch import Runner, StepBatch
+from autopar.serve.batch import Logits, Runner, StepBatch
 from autopar.serve.sequence import Sequence
 
 
@@ -75,11 +75,14 @@ def bucket(sizes: tuple[int, ...], size: int) -> int:
     return sizes[bisect_left(sizes, size)]
 
 
-def batch_of(chosen: list[tuple[Sequence, int]], new: int, shapes: Shapes, block_size: int) -> StepBatch:
+def batch_of(
+    chosen: list[tuple[Sequence, int]], new: int, shapes: Shapes, block_size: int, after: Logits | None = None
+) -> StepBatch:
     """Returns the arrays of a step; new ones each time, as the runner may still be reading the last step's.
 
     Args:
         chosen: sequences, and how many of each one's next tokens are computed. new: the bucket for these.
+        after: where the tokens come from if they are not known yet.
     """
     alone = new > 1 and len(chosen) == 1  # which has steps of its own, however few rows others may have
     rows = 1 if alone else bucket(shapes.rows, len(chosen))
@@ -92,6 +95,7 @@ def batch_of(chosen: list[tuple[Sequence, int]], new: int, shapes: Shapes, block
     lengths[: len(chosen)] = [length for _, length in chosen]
     for row, (sequence, length) in enumerate(chosen):
         start = sequence.computed
-        tokens[row, :length] = sequence.tokens[start : start + length]
+        if after is None:
+            tokens[row, :length] = sequence.tokens[start : start + length]
         tables[row, : used[row]] = sequence.table[: used[row]]
-    return StepBatch(tokens, positions, lengths, tables)
+    return StepBatch(tokens, positions, lengths, tables, after=after)
