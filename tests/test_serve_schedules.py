@@ -106,7 +106,7 @@ def alone(request: Request) -> list[tuple]:
 
 
 def schedule_once(seed: int) -> tuple[int, int]:
-    """Runs a random schedule and compares all answers; returns how often one gave way or a step was chained."""
+    """Runs a random schedule and compares all answers; returns numbers of preemptions and chained steps."""
     rng = random.Random(seed)
     bench = Bench(small_runner(rng), prefix_cache=rng.random() < 0.7, prefill_tokens=rng.choice([None, 8]))
     prefixes = [tuple(rng.randrange(50) for _ in range(24)) for _ in range(2)]
