@@ -89,6 +89,14 @@ def test_the_residual_stream_is_found_and_cut_along_the_sequence():
     assert {pins[v] for v in stream} == {(("x",), ("y",), ())}
 
 
+def test_an_all_reduce_is_not_split_for_work_that_its_reader_does_anyway():
+    """The bias that is added between costs nothing where it is: its kernel is the reader's."""
+    node = mesh_of("1x8", "V100-16GB", 12.5e9)
+    found = replace(bench("mlp"), mesh=node, rows={}).draft(()).plan
+    big = {c.kind for c in found.collectives if c.nbytes > 1e5}
+    assert big == {"all-reduce"}
+
+
 def test_a_grid_of_two_axes_has_both_orders():
     names = [e.name for e in experts(MESH, case("moe", 8))]
     assert "data x × model y" in names and "data y × model x" in names and "expert parallel" in names

@@ -286,7 +286,7 @@ def test_two_products_cost_the_least_of_all_combinations():
     nbytes = graph.values[y].nbytes
     best = math.inf
     for s, t in itertools.product(first, second):
-        fixed, per_byte = between.prices([s.results[0]], [t.operands[0]])[:, 0, 0]  # type: ignore[list-item]
+        fixed, per_byte = between.prices([s.results[0]], [t.operands[0]])[:2, 0, 0]  # type: ignore[list-item]
         best = min(best, s.total + t.total + fixed + per_byte * nbytes)
     assert found.objective == pytest.approx(best, rel=1e-6)
 

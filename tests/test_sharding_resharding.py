@@ -38,7 +38,7 @@ def test_chains_are_as_cheap_as_relaxing_every_edge_to_the_end():
             best[i, known.index[after]] = min(best[i, known.index[after]], cost)
     for k in range(count):  # Floyd-Warshall
         best = np.minimum(best, best[:, k : k + 1] + best[k : k + 1])
-    fixed, per_byte = known.prices(known.layouts, known.layouts)
+    fixed, per_byte, *_ = known.prices(known.layouts, known.layouts)
     assert np.allclose(fixed + per_byte * NOMINAL, best, rtol=1e-9, atol=1e-12)
 
 
@@ -61,7 +61,7 @@ def test_hops_lead_there_and_each_is_one_kind_of_move(source: Layout, target: La
 
 def test_a_new_minor_axis_is_a_free_slice_and_a_new_major_one_is_not():
     price = table_for((8, 8), GRID).prices([((1,), ())], [((1, 0), ()), ((0, 1), ())])
-    assert price[:, 0, 0].tolist() == [0, 0] and price[1, 0, 1] > 0
+    assert not price[:, 0, 0].any() and price[1, 0, 1] > 0 and price[3, 0, 1] >= 1
 
 
 def test_a_collective_over_two_axes_costs_what_nested_ones_do():

@@ -218,6 +218,15 @@ def test_a_distinct_equation_is_asked_once() -> None:
     assert book.asked == 2
 
 
+@pytest.mark.parametrize("mode, inside", [("fill", True), ("clip", False)])
+def test_a_gather_that_masks_reads_its_sums_itself(mode: str, inside: bool) -> None:
+    """The rows of a cut table are summed over its parts, and what lies outside becomes NaN only then."""
+    table, where = jax.ShapeDtypeStruct((8, 4), F32), jax.ShapeDtypeStruct((6,), jnp.int32)
+    equations = flatten(jax.make_jaxpr(lambda t, i: t.at[i].get(mode=mode))(table, where)).equations
+    (rule,) = (RuleBook()(e) for e in equations if e.primitive.name == "gather")
+    assert rule is not None and rule.reductions and rule.inside == inside
+
+
 def test_asking_leaves_jax_as_it_was() -> None:
     equations = equations_of("softmax")
     before = str(lower(equations))

@@ -20,7 +20,7 @@ KINDS = {
     "collective-permute": PERMUTE,
     "collective-broadcast": PERMUTE,
 }
-VIEWS = ("bitcast", "reshape", "copy", "transpose", "convert", "get-tuple-element", "optimization-barrier")
+VIEWS = ("bitcast", "reshape", "copy", "transpose", "convert", "get-tuple-element", "opt-barrier")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ FREE = frozenset(
     [
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id"),
         *("while", "conditional", "call", "async-start", "async-update", "async-done"),
-        *("after-all", "add-dependency", "optimization-barrier"),
+        *("after-all", "add-dependency", "opt-barrier"),
     ]
 )
 """Instructions that move nothing themselves; what a loop, call or branch runs is counted where it stands."""

@@ -85,6 +85,7 @@ class Rule:
         sizes: the size of each factor.
         reductions: factors summed over: sharding one leaves partial sums (an all-reduce).
         fixed: factors that must stay whole (sorted, scanned, permuted dims).
+        inside: sums are read by more of the operation's own work: they can be finished, but not scattered.
         notes: ops for which no rule was known.
     """
 
@@ -94,6 +95,7 @@ class Rule:
     reductions: tuple[int, ...] = ()
     fixed: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    inside: bool = False
 
     def __str__(self) -> str:
         def tensor(dims: Dims | None) -> str:
@@ -103,7 +105,8 @@ class Rule:
 
         text = f"({', '.join(map(tensor, self.operands))})->({', '.join(map(tensor, self.results))})"
         text += " {" + ", ".join(f"{letter(i)}={n}" for i, n in enumerate(self.sizes)) + "}"
-        text += f" reduction={{{', '.join(map(letter, self.reductions))}}}" if self.reductions else ""
+        if self.reductions:
+            text += f" reduction={{{', '.join(map(letter, self.reductions))}}}" + " inside" * self.inside
         return text + (f" fixed={{{', '.join(map(letter, self.fixed))}}}" if self.fixed else "")
 
 

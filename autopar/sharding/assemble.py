@@ -21,6 +21,9 @@ Sizes = Callable[[Value], int]
 TIE_BREAK = 1e-18
 """Seconds per byte that decide between plans of equal time: a gigabyte is worth a nanosecond."""
 
+A_MOVE = 1e-9
+"""Seconds that decide between plans of equal time before memory does: what a collective less is worth."""
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -65,9 +68,12 @@ def assemble(model: Model, grid: Grid, nbytes: Sizes, items: tuple[Item, ...], p
 def read_seconds(model: Model, read: Read, grid: Grid, nbytes: Sizes) -> Floats:
     """Returns (choices of the source, choices of the target): seconds per step to move the value."""
     value = model.value(read.key)
-    fixed, per_byte = table_for(value.shape, grid).prices(read.source.layouts, read.target.layouts)
+    table = table_for(value.shape, grid)
+    fixed, per_byte, apart, count = table.prices(read.source.layouts, read.target.layouts)
     size = nbytes(value)
-    return read.times * (fixed + per_byte * size) if size else np.zeros_like(fixed)
+    if not size:
+        return np.zeros_like(fixed)
+    return read.times * (fixed + A_MOVE * count + (per_byte + apart if read.fused else per_byte) * size)
 
 
 def merge(costs: Costs, classes: list[int]) -> Costs:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from autopar.core.graph import OpKind, Value
 from autopar.sharding.model import Key, Model, Step
@@ -68,6 +68,17 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int]) -> Fusion
             else:  # who reads the view reads the value itself
                 read[of] = read[of] - {step.tick} | ticks
     return found
+
+
+def mark_fused(region: Region, model: Model, nbytes: Callable[[Value], int]) -> None:
+    """Marks the reads of values that their readers compute themselves (`Read.fused`)."""
+    found = fuse(region, model, nbytes)
+    ticks = {(step.path, step.index): step.tick for step in model.steps}
+    for r, read in enumerate(model.reads):
+        if read.key not in found.sources or read.site is None or read.tie:
+            continue
+        if ticks.get(read.site[:2]) not in found.kept_for.get(read.key, frozenset()):
+            model.reads[r] = replace(read, fused=True)
 
 
 def _viewed(step: Step, model: Model, nbytes: Callable[[Value], int], v: int) -> Key | None:

@@ -21,13 +21,17 @@ Layout: TypeAlias = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Grid:
-    """Axes of a mesh with more than one device: names, sizes, bytes/s and seconds per collective step."""
+    """Axes of a mesh with more than one device: names, sizes, bytes/s and seconds per collective step.
+
+    memory: bytes/s of a device's own memory.
+    """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     bandwidth: tuple[float, ...]
     latency: tuple[float, ...]
     ignored: tuple[str, ...] = ()
+    memory: float = math.inf
 
     def ways(self, axes: Iterable[int]) -> int:
         """Returns into how many parts these axes cut."""
@@ -73,4 +77,5 @@ def grid_of(mesh: Mesh) -> Grid:
         tuple(axis.bandwidth for axis in axes),
         tuple(axis.latency for axis in axes),
         tuple(axis.name for axis in mesh.axes if axis.size == 1),
+        mesh.device.bandwidth,
     )

@@ -70,6 +70,8 @@ class Read:
         tie: the value moves to where it is kept from then on.
         lazy: what is really read is a lazy value made of this one.
         copy: the target only offers the value to its readers.
+        fused: the reader computes the value itself where it lies as wanted: moved, it has to be written and
+            read.
     """
 
     key: Key
@@ -81,6 +83,7 @@ class Read:
     tie: bool = False
     lazy: bool = False
     copy: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

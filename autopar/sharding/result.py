@@ -84,7 +84,7 @@ class Reader:
             have = self.at(read.source) if read.tie else self.out.layouts[read.key]
             if read.site is not None and not read.tie and want != have:
                 self.out.uses[read.site] = want
-            self._move(read.key, have, want, read.phase, read.times)
+            self._move(read.key, have, want, read.phase, read.times, read.fused)
 
     def _lazies(self) -> None:
         """Lazy values are made in their first reader's layout and moved to the others'."""
@@ -112,7 +112,9 @@ class Reader:
         phase = scope.phase or scope.equations[lazy.index].phase
         return phase, self.region.times(phase) * scope.trips
 
-    def _move(self, key: Key, have: Layout, want: Layout, phase: Phase, times: int) -> None:
+    def _move(
+        self, key: Key, have: Layout, want: Layout, phase: Phase, times: int, fused: bool = False
+    ) -> None:
         """Counts a change of layout, the first time it happens in a program."""
         group = moved_for(self.region, self.regather, key, phase)
         if have == want or (key, want, group) in self.moved:
@@ -120,7 +122,10 @@ class Reader:
         self.moved.add((key, want, group))
         value = self.model.value(key)
         size = self.nbytes(value)
-        for move in table_for(value.shape, self.grid).chain(have, want):
+        table = table_for(value.shape, self.grid)
+        if fused:
+            self.out.seconds[phase] += times * size * table.apart(have, table.chain(have, want))
+        for move in table.chain(have, want):
             if move.kind != SLICE and size:
                 price = collective(self.grid, move.kind, move.axes)
                 local = size * move.share

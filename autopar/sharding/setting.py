@@ -20,6 +20,7 @@ from autopar.sharding.alike import share
 from autopar.sharding.assemble import Costs, assemble
 from autopar.sharding.build import Builder
 from autopar.sharding.copies import share_reads
+from autopar.sharding.fusion import mark_fused
 from autopar.sharding.grid import Grid, grid_of
 from autopar.sharding.memory import BY, Item, totals, usage
 from autopar.sharding.model import Model
@@ -118,6 +119,7 @@ def _built(region: Region, mesh: Mesh, options: Options) -> Setting:
     grid = grid_of(mesh)
     builder = Builder(region, grid, mesh.device, options)
     model = builder.build()
+    mark_fused(region, model, builder.nbytes)
     share_reads(model, grid, region, bool(options.regather))
     _pin(model, region, grid, options)
     items = usage(region, model, grid, builder.nbytes, options.in_flight)

@@ -219,7 +219,8 @@ def _finish(op: Op, axes: Assignment, grid: Grid) -> Iterator[Strategy]:
 def _scatters(op: Op, made: tuple[Layout, ...], summed: tuple[int, ...], grid: Grid) -> Iterator[Layout]:
     """Yields layouts of the first result in which each summed axis is all-reduced or scattered over a dim."""
     shape = op.results[0].shape
-    for pick in itertools.product([None, *range(len(shape))], repeat=len(summed)):
+    dims = [] if op.rule.inside else range(len(shape))
+    for pick in itertools.product([None, *dims], repeat=len(summed)):
         layout = list(made[0])
         for a, d in zip(summed, pick, strict=True):
             if d is not None:

@@ -12,6 +12,7 @@ from autopar.trace.factors import Factors, Pool, covers
 
 _PIPELINE = "builtin.module(func.func(sdy-populate-op-sharding-rules))"
 _RULE = "sdy.sharding_rule"
+_VIEWS = ("stablehlo.convert", "stablehlo.reshape", "stablehlo.transpose")
 
 Tensor = list[Factors]
 """The factors of each dim of one tensor."""
@@ -48,6 +49,11 @@ class Composer:
         block = self._functions["main"].regions[0].blocks[0]
         arguments = [self._fresh(a) for a in block.arguments]
         return arguments, self._block(block, arguments)
+
+    def ends(self) -> list[str]:
+        """Returns the op that makes each result of the main function, behind views of it."""
+        *_, last = self._functions["main"].regions[0].blocks[0].operations
+        return [_maker(value) for value in last.operation.operands]
 
     def _fresh(self, value: Any) -> Tensor:
         return [[self.pool.new(n)] for n in _shape(value)]
@@ -174,6 +180,12 @@ class Composer:
         whole = self.pool.new(size)
         self.pool.fixed.update([*part, whole])
         return [whole]
+
+
+def _maker(value: Any) -> str:
+    """The name of the op behind a value, or "" of an argument."""
+    name = getattr(value.owner, "name", "")
+    return _maker(value.owner.operands[0]) if name in _VIEWS else name
 
 
 def _shape(value: Any) -> tuple[int, ...]:

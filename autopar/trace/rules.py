@@ -107,17 +107,20 @@ def read_rules(equations: Sequence[JaxprEqn], module: Any) -> list[Rule]:
     """Returns one rule per equation from the module that `lower` made of them."""
     composer = Composer(with_rules(module))
     arguments, results = (iter(tensors) for tensors in composer.main())
+    ends = iter(composer.ends())
     rules = []
     for equation in equations:
         operands = [None if isinstance(a, Literal) else next(arguments) for a in equation.invars]
         made = [next(results) for _ in equation.outvars]
+        last = {next(ends) for _ in equation.outvars}
         # A typed PRNG key is lowered with the dims of its data behind its own.
         operands = [t and t[: len(a.aval.shape)] for t, a in zip(operands, equation.invars)]  # type: ignore[attr-defined]
         made = [t[: len(v.aval.shape)] for t, v in zip(made, equation.outvars)]  # type: ignore[attr-defined]
         rule = composer.pool.rule(operands, made, composer.notes_on([*operands, *made]))
         if equation.primitive.name in _NESTED:
             rule = replace(rule, reductions=(), fixed=tuple(sorted({*rule.fixed, *rule.reductions})))
-        rules.append(rule)
+        # a gather that masks what lies outside: nobody can scatter what the mask is about to read
+        rules.append(replace(rule, inside=bool(rule.reductions) and "stablehlo.select" in last))
     return rules
 
 
