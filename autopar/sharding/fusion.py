@@ -70,9 +70,8 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int]) -> Fusion
     return found
 
 
-def mark_fused(region: Region, model: Model, nbytes: Callable[[Value], int]) -> None:
+def mark_fused(model: Model, found: Fusion) -> None:
     """Marks the reads of values that their readers compute themselves (`Read.fused`)."""
-    found = fuse(region, model, nbytes)
     ticks = {(step.path, step.index): step.tick for step in model.steps}
     for r, read in enumerate(model.reads):
         if read.key not in found.sources or read.site is None or read.tie:

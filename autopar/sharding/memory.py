@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from autopar.core.graph import Alternative, Combine, Phase, Value
 from autopar.core.plan import Memory
-from autopar.sharding.fusion import fuse
+from autopar.sharding.fusion import Fusion, fuse
 from autopar.sharding.grid import Grid, Layout
 from autopar.sharding.late import late
 from autopar.sharding.model import Home, Key, Model
@@ -46,9 +46,17 @@ class Item:
 
 
 def usage(
-    region: Region, model: Model, grid: Grid, nbytes: Callable[[Value], int], in_flight: int
+    region: Region,
+    model: Model,
+    grid: Grid,
+    nbytes: Callable[[Value], int],
+    in_flight: int,
+    fused: Fusion | None = None,
 ) -> tuple[Item, ...]:
-    """Returns all that is alive at some time; a residual's bytes are those of all micro-batches in flight."""
+    """Returns all that is alive at some time; a residual's bytes are those of all micro-batches in flight.
+
+    fused: what is computed inside of its readers, if that is known.
+    """
     end, turn = model.ticks + 1, last_microbatch_tick(region, model)
     items: list[Item] = []
     local = Local(grid)
@@ -70,7 +78,7 @@ def usage(
     for v in region.state:
         if ((), v) in model.homes:
             add(((), v), model.homes[(), v], 0, end, STATE)
-    spans = Spans(region, model, nbytes)
+    spans = Spans(region, model, nbytes, fused)
     sums = dict(region.combine) if region.microbatches > 1 else {}
     for key, home in list(model.homes.items()):
         span = spans.of(key)
@@ -116,7 +124,9 @@ def last_microbatch_tick(region: Region, model: Model) -> int:
 class Spans:
     """When each homed value is alive."""
 
-    def __init__(self, region: Region, model: Model, nbytes: Callable[[Value], int]):
+    def __init__(
+        self, region: Region, model: Model, nbytes: Callable[[Value], int], fused: Fusion | None = None
+    ):
         self.region, self.model = region, model
         self.split = not region.whole
         self.made: dict[Key, Phase] = {}
@@ -125,7 +135,8 @@ class Spans:
                 self.made.update(((path, v), scope.phase or e.phase) for v in e.outputs)
         self.skip: set[Key] = {((), v) for v in region.state} | {((), v) for v, _ in region.ties}
         self.skip |= loop_constants(model)
-        self.fusion, self.late = fuse(region, model, nbytes), late(region, model)
+        self.fusion = fused or fuse(region, model, nbytes)
+        self.late = late(region, model)
         self.end = model.ticks if region.microbatches == 1 else last_microbatch_tick(region, model) - 1
         self.last: dict[Key, int] = {}
         self.crossing: set[Key] = set()

@@ -15,7 +15,7 @@ from autopar.sharding.limited import fitting, leanest
 from autopar.sharding.options import Options
 from autopar.sharding.region import Region, extract, region_key
 from autopar.sharding.result import Reader, loops, specs_of, triples
-from autopar.sharding.setting import Setting, canonical, check_options, limit_of, prepare
+from autopar.sharding.setting import Setting, canonical, check_options, limit_of, pinned, prepare
 from autopar.sharding.solving import Solved
 
 DEFAULT = Options()
@@ -195,6 +195,8 @@ def _prepared(keyed: _Keyed, mesh: Mesh, options: Options) -> Setting:
 
 @functools.lru_cache(maxsize=16)  # these are big; one is needed again only for other limits and prices
 def _models(keyed: _Keyed, mesh: Mesh, options: Options) -> Setting:
+    if options.pinned:
+        return pinned(_models(keyed, mesh, replace(options, pinned=())), options)
     return prepare(keyed.region, mesh, options)
 
 

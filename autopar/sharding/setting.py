@@ -20,7 +20,7 @@ from autopar.sharding.alike import share
 from autopar.sharding.assemble import Costs, assemble
 from autopar.sharding.build import Builder
 from autopar.sharding.copies import share_reads
-from autopar.sharding.fusion import mark_fused
+from autopar.sharding.fusion import fuse, mark_fused
 from autopar.sharding.grid import Grid, grid_of
 from autopar.sharding.memory import BY, Item, totals, usage
 from autopar.sharding.model import Model
@@ -38,7 +38,10 @@ UNHURRIED = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """A region on a mesh, with its choice model: all that the solver's runs for different prices share."""
+    """A region on a mesh, with its choice model: all that the solver's runs for different prices share.
+
+    unpinned: the same where nothing is pinned, if that is known.
+    """
 
     region: Region
     mesh: Mesh
@@ -48,6 +51,7 @@ class Setting:
     items: tuple[Item, ...]
     builder: Builder
     known: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any], compare=False)
+    unpinned: Setting | None = None
 
     def nbytes(self, value: Value) -> int:
         return self.builder.nbytes(value)
@@ -67,6 +71,10 @@ class Setting:
     def plain(self, price: float, cautious: bool = True) -> Costs:
         """Returns the costs at a price of memory, of every part."""
         key = "plain", price, cautious
+        if self.unpinned is not None and key not in self.known:
+            costs = self.unpinned.plain(price, cautious)
+            pinned = (np.where(np.isinf(n.cost), np.inf, c) for n, c in zip(self.model.nodes, costs.nodes))
+            self.known[key] = replace(costs, nodes=tuple(pinned))
         if key not in self.known:
             with section("build"):
                 items = tuple(item for item in self.items if cautious or item.role != BY)
@@ -119,11 +127,25 @@ def _built(region: Region, mesh: Mesh, options: Options) -> Setting:
     grid = grid_of(mesh)
     builder = Builder(region, grid, mesh.device, options)
     model = builder.build()
-    mark_fused(region, model, builder.nbytes)
+    fused = fuse(region, model, builder.nbytes)
+    mark_fused(model, fused)
     share_reads(model, grid, region, bool(options.regather))
     _pin(model, region, grid, options)
-    items = usage(region, model, grid, builder.nbytes, options.in_flight)
+    items = usage(region, model, grid, builder.nbytes, options.in_flight, fused)
     return Setting(region, mesh, grid, options, model, items, builder)
+
+
+def pinned(base: Setting, options: Options) -> Setting:
+    """Returns the choice model with some layouts pinned (ids in `options.pinned` are the region's).
+
+    base: without pins; all other costs are its own.
+    """
+    if not all(((), v) in base.model.homes for v, _ in options.pinned):  # gets a home where it is pinned only
+        return prepare(base.region, base.mesh, options)
+    nodes = [replace(node, cost=node.cost.copy()) for node in base.model.nodes]
+    model = replace(base.model, nodes=nodes)
+    _pin(model, base.region, base.grid, options)
+    return replace(base, options=options, model=model, known={}, unpinned=base)
 
 
 def check_options(options: Options) -> None:
