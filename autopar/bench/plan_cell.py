@@ -39,13 +39,14 @@ from autopar.trace.traced import Traced
 
 AS_WRITTEN, COMPLETED = "as written", "rest planned"
 STRUCTURE = {
-    "xla_disable_hlo_passes": "cpu-all-reduce-combiner,cse_barrier_expander",
+    "xla_disable_hlo_passes": "cpu-all-reduce-combiner,cse_barrier_expander,convolution-canonicalization",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
 }
 """How programs are compiled to be read: collectives apart, the schedule that needs least memory, barriers
-kept until that is made, and machine code in a hurry. The instructions are those of a full compilation."""
+kept until that is made, convolutions as they are written (not transposed for kernels of CPUs), and machine code
+in a hurry. Otherwise the instructions are those of a full compilation."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ from autopar.sharding.model import Key, Model, Step
 from autopar.sharding.region import Region
 from autopar.sharding.strategies import kind_of
 
+INSIDE = (OpKind.FUSED, OpKind.VIEW)
+"""What may be computed inside of its readers."""
+
 SMALL = 8
 """An operand at least this many times smaller than the result counts as broadcast."""
 
@@ -49,7 +52,7 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int]) -> Fusion
     read = {key: {tick for tick, _ in uses} for key, uses in model.uses.items()}
     inside: dict[int, set[int]] = {}  # tick of what is fused → ticks of the kernels that compute it
     for step in sorted(model.steps, key=lambda step: -step.tick):  # readers first
-        if kind_of(step.equation) not in (OpKind.FUSED, OpKind.VIEW):
+        if kind_of(step.equation) not in INSIDE:
             continue
         for v in step.equation.outputs:
             key = step.path, v
@@ -105,7 +108,7 @@ def _fuses(step: Step) -> bool:
     kind, rule = kind_of(step.equation), step.equation.rule
     if kind is OpKind.MEMORY:
         return rule is not None and bool(rule.reductions) and not rule.fixed
-    return kind in (OpKind.FUSED, OpKind.VIEW)
+    return kind in INSIDE
 
 
 def _big(step: Step, model: Model, nbytes: Callable[[Value], int], size: int) -> frozenset[Key]:

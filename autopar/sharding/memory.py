@@ -139,6 +139,7 @@ class Spans:
         self.late = late(region, model)
         self.end = model.ticks if region.microbatches == 1 else last_microbatch_tick(region, model) - 1
         self.last: dict[Key, int] = {}
+        self.begun: dict[Key, int] = {}
         self.crossing: set[Key] = set()
         self.reading = Reading(model)
         self._begun: dict[Key, Phase] = {}
@@ -152,7 +153,10 @@ class Spans:
         read = key in self.last or key in self.reading.found
         if key in self.skip or (key in self.fusion.sources and not read and not result):
             return None
+        # a slice that a loop reads is cut out of the whole when it is first read
         start = self.model.first[key]
+        if key[0] and key not in self.made:
+            start = self.begun.get(key, start)
         certain, crosses = self.reading.certain(key)
         last = max(self.last.get(key, start), start, certain)
         return start, self.model.ticks + 1 if result else last + 1, key in self.crossing or crosses
@@ -181,6 +185,7 @@ class Spans:
         apart = when is not None and own != when
         if not apart:
             self.last[key] = max(self.last.get(key, 0), tick)
+            self.begun[key] = min(self.begun.get(key, tick), tick)
         arriving = not key[0] and key[1] in self.region.arriving
         begun = self._begun.setdefault(key, phase)
         made = self.made.get(key, begun if arriving else Phase.APPLY)

@@ -26,6 +26,7 @@ from autopar.sharding.memory import BY, Item, totals, usage
 from autopar.sharding.model import Model
 from autopar.sharding.moved import second_layouts
 from autopar.sharding.options import Options
+from autopar.sharding.parts import cut_at_once
 from autopar.sharding.region import Region
 from autopar.sharding.solving import Solved, least_peak, minimise
 
@@ -108,7 +109,8 @@ class Setting:
         limit = limit_of(self.options, self.mesh)
         regather = bool(self.options.regather)
         held = second_layouts(self.region, self.model, self.grid, self.nbytes, chosen, regather)
-        return totals(self.items, held, chosen, self.options.in_flight, limit)
+        parts = cut_at_once(self.model, chosen, self.items)
+        return totals(self.items, [*held, *parts], chosen, self.options.in_flight, limit)
 
 
 def limit_of(options: Options, mesh: Mesh) -> int:

@@ -24,6 +24,7 @@ from scipy.optimize import linprog
 from autopar.sharding.assemble import Costs, assemble
 from autopar.sharding.memory import BY, STATE, Local
 from autopar.sharding.model import Home, Key
+from autopar.sharding.parts import made_elementwise
 from autopar.sharding.solving import minimise
 
 if TYPE_CHECKING:
@@ -80,9 +81,9 @@ class Moments:
         items = tuple(item for item in setting.items if item.role != BY)
         self.costs = assemble(setting.model, setting.grid, setting.nbytes, items, 0.0)
         self.ticks = 1 + max((item.stop for item in items), default=0)
-        single = [*self._alive(), *self._resolving()]
-        self.likely = [*single, *self._moved(sharing=True)]
-        self.certain = [*single, *self._moved(sharing=False)]
+        resolving = self._resolving()
+        self.likely = [*self._alive(whole=True), *resolving, *self._moved(sharing=True)]
+        self.certain = [*self._alive(whole=False), *resolving, *self._moved(sharing=False)]
 
     def see(self, chosen: Chosen) -> Seen:
         """Returns what a choice needs."""
@@ -119,19 +120,23 @@ class Moments:
         return np.cumsum(steps)[:-1]
 
     # what is alive
-    def _alive(self) -> list[Term]:
-        """Values in their own layouts; state is there from the beginning to the end."""
-        items = (item for item in self.setting.items if item.role != BY)
-        return [
-            Term(
-                item.node,
-                None,
-                0 if item.role == STATE else item.start,
-                self.ticks if item.role == STATE else item.stop,
-                item.nbytes,
-            )
-            for item in items
-        ]
+    def _alive(self, whole: bool) -> list[Term]:
+        """Values in their own layouts; state is there from the beginning to the end.
+
+        whole: count all of elementwise results, of which perhaps only parts are read, and thus computed.
+        """
+        setting, found = self.setting, list[Term]()
+        parts = set[Key]() if whole else made_elementwise(setting.model)
+        devices = math.prod(setting.grid.sizes)
+        for item in (item for item in setting.items if item.role != BY):
+            each = item.nbytes
+            if item.key in parts and item.role != STATE:
+                each = np.minimum(
+                    each, each * setting.grid.parts(setting.model.homes[item.key].layouts) // devices
+                )
+            span = (0, self.ticks) if item.role == STATE else (item.start, item.stop)
+            found.append(Term(item.node, None, *span, each))
+        return found
 
     def _resolving(self) -> list[Term]:
         """Partial sums beside what they are reduced to."""
