@@ -167,7 +167,8 @@ class Equation:
     @property
     def operands(self) -> tuple[int, ...]:
         """The value ids read, without literals."""
-        return tuple(v for v in self.inputs if v is not None)
+        inputs = self.inputs
+        return tuple(v for v in inputs if v is not None) if None in inputs else inputs  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
