@@ -81,6 +81,7 @@ class Row:
 
     Attributes:
         sections: seconds of each of `SECTIONS`. total: of all, and of what is in none of them.
+        processor: seconds of all threads; less than the total where the machine was busy with other things.
         again: of the same call a second time. anew: for another `parallelize` of the same function.
         gap: how far from the optimum the plan may be. step: its predicted seconds.
     """
@@ -88,6 +89,7 @@ class Row:
     name: str
     sections: tuple[float, ...]
     total: float
+    processor: float
     again: float
     anew: float
     gap: float
@@ -105,9 +107,9 @@ def measure(name: str, case: Case) -> Row:
     model, cluster = case.make(), case.cluster
     step = parallelize(model.step, method=case.method, cluster=cluster)
     with listen() as watch:
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), time.process_time()
         plan = step.plan(*model.args)
-        total = time.perf_counter() - begun
+        total, processor = time.perf_counter() - begun, time.process_time() - used
     begun = time.perf_counter()
     step.plan(*model.args)
     again = time.perf_counter() - begun
@@ -115,7 +117,7 @@ def measure(name: str, case: Case) -> Row:
     parallelize(model.step, method=case.method, cluster=cluster).plan(*model.args)
     anew = time.perf_counter() - begun
     sections = tuple(watch.seconds.get(section, 0.0) for section in SECTIONS)
-    return Row(name, sections, total, again, anew, plan.gap, plan.step_time)
+    return Row(name, sections, total, processor, again, anew, plan.gap, plan.step_time)
 
 
 def _named(name: str) -> Row:
@@ -123,7 +125,7 @@ def _named(name: str) -> Row:
 
 
 def _deep(layers: int) -> Row:
-    case = Case(_train("gpt-2.6b", 8, layers=layers), ((A100, 8),) * 4, ShardParallel(mesh=(4, 8)))
+    case = Case(_train("gpt-2.6b", 8, layers=layers), (("A100-80GB", 8),) * 4, ShardParallel(mesh=(4, 8)))
     return measure(f"{layers} layers", case)
 
 
@@ -163,14 +165,20 @@ def grow_table(runs: Iterable[tuple[str, Future[Row]]]) -> list[Row]:
 def table(rows: Sequence[Row]) -> Table:
     """Returns one line per case: seconds by section, in all, and of a second plan."""
     shown = Table(show_edge=False, pad_edge=False)
-    for name in ("case", *SECTIONS, "other", "total", "limit", "again", "anew", "gap", "step"):
+    for name in ("case", *SECTIONS, "other", "total", "limit", "processor", "again", "anew", "gap", "step"):
         shown.add_column(name, justify="left" if name == "case" else "right")
     limits = {name: case.limit for name, case in (CASES | STAGES).items()}
     for row in rows:
         limit = limits.get(row.name)
         parts = (*row.sections, row.total - sum(row.sections), row.total)
         words = "" if limit is None else f"≤ {limit:g}" if row.total <= limit else f"over {limit:g}"
-        later = (f"{row.again:.3f}", f"{row.anew:.2f}", share(row.gap), seconds(row.step))
+        later = (
+            f"{row.processor:.2f}",
+            f"{row.again:.3f}",
+            f"{row.anew:.2f}",
+            share(row.gap),
+            seconds(row.step),
+        )
         shown.add_row(row.name, *(f"{x:.2f}" for x in parts), words, *later)
     return shown
 
@@ -181,7 +189,9 @@ def growth_picture(rows: Sequence[Row], path: str) -> None:
     parts = [[row.sections[k] for row in rows] for k in range(len(SECTIONS))]
     other = [row.total - sum(row.sections) for row in rows]
     axes.stackplot(LAYERS, *parts, other, labels=[*SECTIONS, "other"], colors=PALETTE)
-    axes.set(xlabel="layers", ylabel="seconds to plan", title="GPT, hidden 2560, on 4×8 A100", xticks=LAYERS)
+    axes.set(
+        xlabel="layers", ylabel="seconds to plan", title="GPT, hidden 2560, on 4×8 A100-80GB", xticks=LAYERS
+    )
     axes.legend(loc="upper left", fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

@@ -60,6 +60,8 @@ def second_layouts(
     found = [Held(key, a, b + 1, size(key, layout)) for (key, layout, _), (a, b) in spans.items()]
     for step in model.steps:
         way = step.ways[chosen[step.node]]
+        if not way.traffic:
+            continue
         for v, made, times in zip(step.equation.outputs, way.made, way.resolving, strict=True):
             if times:
                 key = step.path, v

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from autopar.core.graph import Graph, Phase
 
@@ -43,8 +44,13 @@ class Draft:
         draft.mixes = draft.varies & draft.state if known else _of_several(graph, others)
         return draft
 
+    @cached_property
+    def scalars(self) -> list[bool]:
+        """Whether each value is a scalar."""
+        return [value.size <= 1 for value in self.graph.values]
+
     def scalar(self, value: int) -> bool:
-        return self.graph.values[value].size <= 1
+        return self.scalars[value]
 
     def big(self, equation: int) -> bool:
         """Returns whether any result of the equation is more than a scalar."""
@@ -73,7 +79,10 @@ class Draft:
     def finish(self) -> Graph:
         """Returns the graph with these marks."""
         marks = zip(self.graph.equations, self.phase, self.layer)
-        equations = tuple(replace(e, phase=phase, layer=layer) for e, phase, layer in marks)
+        equations = tuple(
+            e if e.phase is phase and e.layer == layer else replace(e, phase=phase, layer=layer)
+            for e, phase, layer in marks
+        )
         return replace(self.graph, equations=equations)
 
 

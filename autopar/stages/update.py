@@ -24,10 +24,16 @@ def apply_layers(draft: Draft) -> None:
     held = {*draft.graph.inputs, *draft.graph.constants} - examples
     home = {v: k for v, k in uses.items() if v in held and not draft.scalar(v)}
     named = {i for i in draft.of_phase(Phase.APPLY) if draft.layer[i] is not None}
+    update = [
+        i
+        for i in draft.of_phase(Phase.APPLY)
+        if i not in named and draft.big(i) and _elementwise(draft.graph, i)
+    ]
+    parts = _joined(draft, update)
     for _ in range(ROUNDS):
         before = list(draft.layer), dict(home)
         _from_operands(draft, home, named)
-        _with_parameter(draft, home, named)
+        _with_parameter(draft, home, update, parts)
         _house(draft, home, held)
         if before == (draft.layer, home):
             break
@@ -72,30 +78,32 @@ def _from_operands(draft: Draft, home: dict[int, int], named: set[int]) -> None:
             draft.layer[i] = scalars.pop() if len(scalars) == 1 and not mixed else None
 
 
-def _with_parameter(draft: Draft, home: dict[int, int], named: set[int]) -> None:
+def _joined(draft: Draft, update: list[int]) -> DisjointSet:
+    """Returns the tensors that elementwise equations of one shape join."""
+    parts = DisjointSet()
+    for i in update:
+        equation = draft.graph.equations[i]
+        tensors = [v for v in (*equation.outputs, *equation.operands) if not draft.scalar(v)]
+        for v in tensors:
+            parts.add(v)
+            parts.merge(v, tensors[0])
+    return parts
+
+
+def _with_parameter(draft: Draft, home: dict[int, int], update: list[int], parts: DisjointSet) -> None:
     """Gives every elementwise part of an update the layer of the parameter it updates.
 
     Values that elementwise equations of one shape join belong together. Without this, what is done to a
     gradient that was made in another layer than the parameter's first (a bias added at a boundary) would stay
     there.
     """
-    graph, parts = draft.graph, DisjointSet()
-    joined = [
-        i for i in draft.of_phase(Phase.APPLY) if i not in named and draft.big(i) and _elementwise(graph, i)
-    ]
-    for i in joined:
-        equation = graph.equations[i]
-        tensors = [v for v in (*equation.outputs, *equation.operands) if not draft.scalar(v)]
-        for v in tensors:
-            parts.add(v)
-            parts.merge(v, tensors[0])
     first: dict[int, int] = {}
     for v in parts:
         if v in home:
             root = parts[v]
             first[root] = min(home[v], first.get(root, home[v]))
-    for i in joined:
-        draft.layer[i] = first.get(parts[graph.equations[i].outputs[0]], draft.layer[i])
+    for i in update:
+        draft.layer[i] = first.get(parts[draft.graph.equations[i].outputs[0]], draft.layer[i])
 
 
 def _elementwise(graph: Graph, i: int) -> bool:
