@@ -266,6 +266,23 @@ def test_moves_within_a_microbatch_count_every_time():
 # brute force
 
 
+def test_a_look_up_leaves_no_major_axis_out():
+    """Else XLA permutes indices and results over it; seen for every pair of axes of a 2×2×2 mesh."""
+    axes = tuple(Axis(name, 2, 1e10, 1e-5) for name in "xyz")
+    grid = grid_of(Mesh(DEVICE, axes))
+    rule = Rule((((0,), (1,)), ((2,),)), (((2,), (1,)),), (64, 32, 16), reductions=(0,), inside=True)
+    table, indices, made = Tensor((64, 32), 8192), Tensor((16,), 64), Tensor((16, 32), 2048)
+    op = Op(rule, OpKind.INDEXED, 0.0, FLOPS, MEMORY_BANDWIDTH, (table, indices), (made,))
+    found = {way.operands for way in enumerate_strategies(op, grid)}
+
+    def cut(rows: int, where: int) -> bool:
+        return (((rows,), ()), ((where,),)) in found
+
+    assert cut(2, 0) and cut(1, 0) and cut(0, 1) and cut(0, 2)
+    assert not cut(2, 1) and not cut(1, 2)
+    assert all(way.made == way.results for way in enumerate_strategies(op, grid))  # nothing is scattered
+
+
 def test_two_products_cost_the_least_of_all_combinations():
     mesh, grid = square(), grid_of(square())
     g = Builder()

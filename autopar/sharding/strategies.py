@@ -211,9 +211,24 @@ def _finish(op: Op, axes: Assignment, grid: Grid) -> Iterator[Strategy]:
         return
     seconds = seconds_of(op, operands, whole, axes, grid)
     summed = tuple(a for f in rule.reductions for a in axes.get(f, ()))
+    if (
+        op.kind is OpKind.INDEXED
+        and summed
+        and _permuted({a for mine in axes.values() for a in mine}, summed)
+    ):
+        return
     for scattered in _scatters(op, whole, summed, grid):
         traffic = _resolve(op, whole, scattered, summed, grid)
         yield Strategy(operands, whole, (scattered, *whole[1:]), seconds, traffic)
+
+
+def _permuted(used: set[int], summed: tuple[int, ...]) -> bool:
+    """Whether the partitioner reorders devices around a look-up in a cut table.
+
+    It puts axes that cut neither the table nor the indices last. Where such an axis is major to all others,
+    and both are cut, it sends indices and results to other devices and back, whatever that costs.
+    """
+    return len(used) > len(summed) and min(used) > 0
 
 
 def _scatters(op: Op, made: tuple[Layout, ...], summed: tuple[int, ...], grid: Grid) -> Iterator[Layout]:
