@@ -50,6 +50,11 @@ def test_nothing_is_written_for_a_barrier_s_sake():
     assert joins(shared, range(4)) == {1: (3, 2)}
 
 
+def test_what_is_computed_again_waits_for_its_cotangents():
+    again = graph_of((DOT, (0, 1), 2), (VIEW, (0,), 3), (FUSED, (3,), 4), (DOT, (4, 2), 5), (DOT, (5, 1), 6))
+    assert joins(again, range(5), fences={1}) == {1: (2, 3)}
+
+
 @pytest.fixture(scope="module")
 def perceptron():
     sizes = {"inputs": 64, "hidden": 256, "outputs": 64}

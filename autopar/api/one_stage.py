@@ -64,7 +64,9 @@ def one_stage(tracer: Tracer, cluster: Cluster, method: OneStage, say: Say) -> M
     if said is None and work.differentiates:
         short = choices if best is None else tuple(c for c in choices if _is_short(best, c))
         other, reason = work.recomputing(short)
-        best = min((x for x in (best, other) if x is not None), key=_time, default=None)
+        both = [x for x in (best, other) if x is not None]
+        best = min(both, key=_time, default=None)
+        best = best and _bounded(best, min(x.plan.stages[0].sharding.bound for x in both))
         refused = reason or refused
     if best is None:
         assert refused is not None
@@ -142,7 +144,15 @@ class _Work:
         chosen = layers.choose(every.graph, choice.mesh, stage_options(every.graph, choice.mesh, pinned))
         remat = dict(chosen.remat)
         found = self._planned(self.tracer(self.micro, remat), choice, remat)
-        return replace(found, plan=replace(found.plan, notes=(*found.plan.notes, chosen.text())))
+        found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, chosen.text())))
+        return _bounded(found, chosen.bound)
+
+
+def _bounded(made: Made, bound: float) -> Made:
+    """Returns a plan with the seconds that none is faster than, whatever layers compute again."""
+    (stage,) = made.plan.stages
+    sharding = replace(stage.sharding, bound=min(stage.sharding.bound, bound))
+    return replace(made, plan=replace(made.plan, stages=(replace(stage, sharding=sharding),)))
 
 
 def _check_names(remat: Remats, traced: Traced) -> None:

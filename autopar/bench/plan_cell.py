@@ -45,8 +45,8 @@ STRUCTURE = {
     "xla_cpu_use_fusion_emitters": False,
 }
 """How programs are compiled to be read: collectives apart, the schedule that needs least memory, barriers
-kept until that is made, convolutions as they are written (not transposed for kernels of CPUs), and machine code
-in a hurry. Otherwise the instructions are those of a full compilation."""
+kept until that is made, convolutions as they are written (not transposed for kernels of CPUs), and machine
+code in a hurry. Otherwise the instructions are those of a full compilation."""
 
 
 @dataclass(frozen=True)

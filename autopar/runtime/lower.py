@@ -63,7 +63,7 @@ def lower(
     """
     values = traced.graph.values
     after = (
-        joins(traced.graph, segment.equations)
+        joins(traced.graph, segment.equations, evaluate.fences(traced))
         if ordered or (ordered is None and sharding.memory.tight)
         else {}
     )

@@ -8,7 +8,7 @@ by one barrier: who reads the cotangents reads them after the gradients have bee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from autopar.core.graph import Graph, OpKind, Phase
 
@@ -22,7 +22,7 @@ _INSIDE = (OpKind.FUSED, OpKind.VIEW)
 """What a compiler computes inside of its readers, if there is one reader only."""
 
 
-def joins(graph: Graph, equations: Sequence[int]) -> dict[int, tuple[int, ...]]:
+def joins(graph: Graph, equations: Sequence[int], fences: Collection[int] = ()) -> dict[int, tuple[int, ...]]:
     """Returns equation → the values to be joined right after it: gradients made so far, and all cotangents
     that later equations of the backward read.
 
@@ -31,6 +31,8 @@ def joins(graph: Graph, equations: Sequence[int]) -> dict[int, tuple[int, ...]]:
 
     Args:
         equations: of one program, in order.
+        fences: those in front of what is computed again, which is not to begin before its cotangents are
+            there: they are joined with these.
     """
     backward = [e for e in equations if graph.equations[e].phase is Phase.BACKWARD]
     readers = _readers(graph, backward)
@@ -46,13 +48,13 @@ def joins(graph: Graph, equations: Sequence[int]) -> dict[int, tuple[int, ...]]:
                 inside.discard(v)
         for v in equation.outputs:
             if v in readers:
-                if equation.kind not in _INSIDE or len(readers[v]) > 1:
+                if equation.kind not in _INSIDE or len(readers[v]) > 1 or e in fences:
                     passing[v] = None
                 elif waiting:
                     inside.add(v)
             elif equation.kind not in _INSIDE and graph.values[v].shape:
                 waiting.append(v)
-        if waiting and passing and not inside:
+        if e in fences or (waiting and passing and not inside):
             found[e] = (*waiting, *passing)
             waiting = []
     return found

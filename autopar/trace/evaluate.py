@@ -19,6 +19,13 @@ Body = Callable[[Sequence[Any]], Sequence[Any]]
 _SAME: Mapping[str, str] = {}
 
 
+def fences(traced: Traced) -> frozenset[int]:
+    """Returns the equations that only keep what follows from being moved before them, as in front of what is
+    computed again."""
+    named = (i for i, e in enumerate(traced.equations) if e.primitive.name == "optimization_barrier")
+    return frozenset(named)
+
+
 def bind(
     traced: Traced,
     index: int,
