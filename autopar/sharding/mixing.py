@@ -58,6 +58,7 @@ class Mixer:
         items: bytes over time of all nodes. layers: per node the layer it is part of, or None.
         peak: bytes a choice takes. limit: bytes there are.
         solve: gives the best choice for costs, whatever memory there is.
+        thorough: whether prices at a second time are tried, too.
     """
 
     merged: Costs
@@ -67,13 +68,15 @@ class Mixer:
     peak: Callable[[Choice], int]
     limit: int
     solve: Callable[[Costs], Solved]
+    thorough: bool = True
 
     def run(self, free: Choice) -> Solved:
         """Returns the best mixture found, with its bound. free: the fastest choice, which does not fit."""
         found = [self._between(free, free)]
         lean = found[0].chosen
-        if lean is not None and self._timeline(lean).argmax() != self._timeline(free).argmax():
-            found.append(self._between(free, lean))  # another time than the fastest plan's worst binds
+        worst = self._timeline(free).argmax()
+        if self.thorough and lean is not None and self._timeline(lean).argmax() != worst:
+            found.append(self._between(free, lean))  # another time binds
         best = min(found, key=lambda each: each.objective)
         return replace(best, bound=max(each.bound for each in found))
 
@@ -218,6 +221,7 @@ def mixed(setting: Setting, price: float, limit: int) -> Solved:
         lambda chosen: setting.memory(chosen).peak,
         limit,
         lambda costs: minimise(costs, None, 2 * setting.options.seconds, setting.options.gap),
+        thorough=setting.region.whole,  # of stages there are many
     )
     return mixer.run(free.chosen)
 
