@@ -24,7 +24,7 @@ from autopar.bench.score import Score, predicted_wire, score
 from autopar.core.errors import PlanError
 from autopar.core.graph import Graph, Phase
 from autopar.core.mesh import Mesh
-from autopar.core.plan import ShardingPlan
+from autopar.core.plan import Memory, ShardingPlan
 from autopar.core.program import Segment
 from autopar.runtime.layout import jax_mesh
 from autopar.runtime.lower import Lowered, lower
@@ -264,7 +264,7 @@ def bare(graph: Graph, mesh: Mesh, pins: Pins) -> ShardingPlan:
         new, old = graph.outputs[output], graph.inputs[position]
         if new is not None and old in specs:
             specs[new] = specs[old]
-    memory = intra.Memory(0, 0, 1, 0, mesh.device.memory)
+    memory = Memory(0, 0, 1, 0, mesh.device.memory)
     return ShardingPlan(mesh, tuple(specs.items()), (), (), 0.0, 0.0, 0.0, memory, (), 0.0, 0.0, "written")
 
 
