@@ -213,6 +213,8 @@ def mixed(setting: Setting, price: float, limit: int) -> Solved:
     merged, plain, free = setting.costs(price), setting.plain(price), setting.free(price)
     if free.chosen is None or not setting.deep:
         return NONE_FITS
+    whole = setting.region.whole  # of stages there are many
+    patience = (2 if whole else 0.5) * setting.options.seconds
     mixer = Mixer(
         merged,
         plain,
@@ -220,8 +222,8 @@ def mixed(setting: Setting, price: float, limit: int) -> Solved:
         layers_of(setting.model),
         lambda chosen: setting.memory(chosen).peak,
         limit,
-        lambda costs: minimise(costs, None, 2 * setting.options.seconds, setting.options.gap),
-        thorough=setting.region.whole,  # of stages there are many
+        lambda costs: minimise(costs, None, patience, setting.options.gap),
+        thorough=whole,
     )
     return mixer.run(free.chosen)
 

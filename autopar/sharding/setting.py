@@ -34,7 +34,7 @@ DEEP = 150
 """Nodes from which on like parts share a decision."""
 
 UNHURRIED = 4
-"""Times as long as other problems those without a limit may take: all else builds on them, and few do."""
+"""Times as long as other problems those without a limit of a whole step may take: all else builds on them."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Setting:
         """Returns the best choice at a price of memory, whatever there is of it."""
         key = "free", price, self.options.share, self.options.seconds, self.options.gap
         if key not in self.known:
-            patience = UNHURRIED * self.options.seconds
+            patience = self.options.seconds * (UNHURRIED if self.region.whole else 1)
             self.known[key] = minimise(self.costs(price), None, patience, self.options.gap)
         return self.known[key]
 
