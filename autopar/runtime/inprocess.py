@@ -26,7 +26,7 @@ from autopar.program.walk import Walk
 from autopar.runtime import layout
 from autopar.runtime.backend import Fetch, StageMemory
 from autopar.runtime.direct import Direct
-from autopar.runtime.fill import Fillers, fill
+from autopar.runtime.fill import Arena, Fillers, fill
 from autopar.runtime.held import fullest
 from autopar.runtime.interpreter import Interpreter
 from autopar.runtime.layout import JaxDevice
@@ -131,8 +131,9 @@ class InProcessSession:
 
     def make(self, stage: int, fillers: Fillers) -> None:
         self._take()
+        arena = Arena()
         for buffer, read in fillers.items():
-            made = fill(self.slot(stage, buffer), self.sharding(stage, buffer), read)
+            made = fill(self.slot(stage, buffer), self.sharding(stage, buffer), read, arena)
             self.interpreters[stage].load({buffer: made})
 
     def drop(self, stage: int, buffers: Sequence[Buffer]) -> None:

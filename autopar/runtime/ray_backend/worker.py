@@ -235,11 +235,12 @@ class StageWorker:
         loaded.interpreter.load({b: self._place(loaded.slots, b, x) for b, x in arrays.items()})
 
     def _make(self, fillers: Fillers, loaded: Loaded) -> None:
-        from autopar.runtime.fill import fill
+        from autopar.runtime.fill import Arena, fill
 
+        arena = Arena()
         for buffer, read in fillers.items():
             slots = loaded.slots
-            made = fill(slots[buffer.value], self._sharding(slots, buffer), read)
+            made = fill(slots[buffer.value], self._sharding(slots, buffer), read, arena)
             loaded.interpreter.load({buffer: made})
 
     def _place(self, slots: Mapping[int, Slot], buffer: Buffer, x: Array) -> Array:
