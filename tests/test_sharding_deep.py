@@ -106,15 +106,7 @@ def test_a_mixture_of_plans_fits_and_is_near_the_optimum_of_all_layers(setting):
     most, least = peak(setting, free), peak(setting, solve(setting.plain(LEAN)))
     assert least < most
     limit = round(least + 0.4 * (most - least))
-    mixer = Mixer(
-        merged,
-        plain,
-        setting.items,
-        layers_of(setting.model),
-        lambda chosen: setting.memory(chosen).peak,
-        limit,
-        solve,
-    )
+    mixer = Mixer.of(setting, merged, plain, limit, solve)
     found = mixer.run(free.chosen)
     assert found.chosen is not None and peak(setting, found) <= limit
     exact = minimise(setting.plain(0.0, cautious=False), limit, 20.0, 1e-2)

@@ -60,7 +60,7 @@ class Executable:
         kept = self._kept(leaves)
         self._state = State(kept, replacements(traced, kept), program, session, sizes, donate)
         self._ready = False
-        self._direct, self._bypassed = session.direct(traced) if donate else None, False
+        self._direct = session.direct(traced) if donate else None
 
     def direct(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns the step's results in one hop, or `NotImplemented` where there is none for these arguments.
@@ -73,9 +73,7 @@ class Executable:
         results = self._direct(args, kwargs)
         if results is not NotImplemented:
             self.steps += 1
-            if not self._bypassed:
-                self._state.forget()
-                self._bypassed = True
+            self._state.forget()
         return results
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +109,6 @@ class Executable:
     def _run(self, leaves: Sequence[Any], feeds: list[Mapping[Buffer, Array]], measured: bool) -> Any:
         if self._direct is not None:
             self._direct.forget()
-            self._bypassed = False
         try:
             self._prepare(self._kept(leaves))
             self.steps += 1

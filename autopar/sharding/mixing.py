@@ -70,6 +70,20 @@ class Mixer:
     solve: Callable[[Costs], Solved]
     thorough: bool = True
 
+    @classmethod
+    def of(
+        cls,
+        setting: Setting,
+        merged: Costs,
+        plain: Costs,
+        limit: int,
+        solve: Callable[[Costs], Solved],
+        thorough: bool = True,
+    ) -> Mixer:
+        """Returns the mixer of a region's model, with the arguments of `Mixer`."""
+        items, layers = setting.items, layers_of(setting.model)
+        return cls(merged, plain, items, layers, lambda x: setting.memory(x).peak, limit, solve, thorough)
+
     def run(self, free: Choice) -> Solved:
         """Returns the best mixture found, with its bound. free: the fastest choice, which does not fit."""
         found = [self._between(free, free)]
@@ -215,17 +229,11 @@ def mixed(setting: Setting, price: float, limit: int) -> Solved:
         return NONE_FITS
     whole = setting.region.whole  # of stages there are many
     patience = (2 if whole else 0.5) * setting.options.seconds
-    mixer = Mixer(
-        merged,
-        plain,
-        setting.items,
-        layers_of(setting.model),
-        lambda chosen: setting.memory(chosen).peak,
-        limit,
-        lambda costs: minimise(costs, None, patience, setting.options.gap),
-        thorough=whole,
-    )
-    return mixer.run(free.chosen)
+
+    def solve(costs: Costs) -> Solved:
+        return minimise(costs, None, patience, setting.options.gap)
+
+    return Mixer.of(setting, merged, plain, limit, solve, thorough=whole).run(free.chosen)
 
 
 def layers_of(model: Model) -> list[int | None]:
