@@ -210,11 +210,8 @@ class Builder:
     ) -> None:
         """Puts an equation on the node of the operand it follows."""
         home = self.model.homes[dict(tensors)[main]]
-        key = (
-            id(op),
-            main,
-            id(home.layouts),
-        )  # hashing an operation and its layouts takes longer than the rest
+        # by identity: hashing an operation and its layouts takes longer than the rest
+        key = id(op), main, id(home.layouts)
         if key not in self.followed:
             self.followed[key] = op, home.layouts, follow_all(op, main, home.layouts, self.grid)
         self.run(scope, i, e, home.node, self.followed[key][2], tensors)
