@@ -11,15 +11,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from autopar.core.graph import Graph, OpKind, Phase
+from autopar.sharding.fusion import INSIDE
 
 KEEPING_ORDER = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
 """Options of XLA's compiler for CPUs, which would drop barriers before it orders kernels."""
-
-_INSIDE = (OpKind.FUSED, OpKind.VIEW)
-"""What a compiler computes inside of its readers, if there is one reader only."""
 
 
 def joins(graph: Graph, equations: Sequence[int], fences: Collection[int] = ()) -> dict[int, tuple[int, ...]]:
@@ -48,11 +46,11 @@ def joins(graph: Graph, equations: Sequence[int], fences: Collection[int] = ()) 
                 inside.discard(v)
         for v in equation.outputs:
             if v in readers:
-                if equation.kind not in _INSIDE or len(readers[v]) > 1 or e in fences:
+                if equation.kind not in INSIDE or len(readers[v]) > 1 or e in fences:
                     passing[v] = None
                 elif waiting:
                     inside.add(v)
-            elif equation.kind not in _INSIDE and graph.values[v].shape:
+            elif equation.kind not in INSIDE and graph.values[v].shape:
                 waiting.append(v)
         if e in fences or (waiting and passing and not inside):
             found[e] = (*waiting, *passing)
