@@ -17,6 +17,7 @@ from autopar.api.planning import Made, Say
 from autopar.api.serving import Programs, Served, Shape, derived, on_cpu, same_state
 from autopar.core.errors import BadInput
 from autopar.runtime.cache import keep_compiled
+from autopar.runtime.cores import spread
 from autopar.runtime.inprocess import InProcess
 from autopar.serve.engine import Engine
 from autopar.serve.engine import Options as EngineOptions
@@ -165,6 +166,8 @@ class Setup:
                 programs, self.buckets, config.vocabulary, self.longest, window=self.window
             )
             here = isinstance(self.backend, InProcess)  # a worker that compiles does not serve meanwhile
+            if here:
+                spread()
             return runner.compile(say, behind=here and self.behind, threads=2 if here else 1)
         except BaseException:
             programs.close()
