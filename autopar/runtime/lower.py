@@ -168,6 +168,12 @@ class _Evaluation:
         moved = [key for key in self._moved if key[0] in values]
         arrays = [*(env[v] for v in values), *(self._moved[key] for key in moved)]
         joined = jax.lax.optimization_barrier(arrays)
+        # said once more: what a barrier returns would be laid out as its readers like it
+        layouts = [*(self.layouts.kept.get(v) for v in values), *(wanted for _, wanted, _ in moved)]
+        joined = [
+            x if spec is None else self.target.constrain(x, spec)
+            for x, spec in zip(joined, layouts, strict=True)
+        ]
         env.update(zip(values, joined))
         self._moved.update(zip(moved, joined[len(values) :], strict=True))
 
@@ -201,7 +207,7 @@ class _Evaluation:
             return x if kept is None else self.target.constrain(x, kept)
         x = self.target.move(self.target.constrain(x, made), made, kept)
         # or every reader would cut its part out of the whole sum, which would be kept for them
-        return jax.lax.optimization_barrier(x) if self.target.ordered else x
+        return self.target.constrain(jax.lax.optimization_barrier(x), kept) if self.target.ordered else x
 
 
 class _Body:
