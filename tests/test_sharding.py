@@ -131,12 +131,17 @@ def product(flops: float, *nbytes: float) -> float:
     return max(flops / FLOPS, sum(nbytes) / MEMORY_BANDWIDTH)
 
 
+def kernel(*nbytes: float) -> float:
+    """An elementwise kernel that reads and writes these."""
+    return sum(nbytes) / MEMORY_BANDWIDTH
+
+
 def test_data_parallel_costs_what_it_does_on_paper():
     batch, width, hidden, n = 1 << 16, 256, 512, 4
     g = mlp(batch, width, hidden)
     x, w, h = 4.0 * batch * width / n, 4.0 * width * hidden, 4.0 * batch * hidden / n
     dot = product(2.0 * batch * width * hidden / n, x, w, h)
-    compute = 5 * dot + 0.5 * x / MEMORY_BANDWIDTH + 2 * 0.5 * w / MEMORY_BANDWIDTH
+    compute = 5 * dot + kernel(x, x, x) + 2 * kernel(w, w, w)
     found = plan(g, whole(g), line(n), Options(pinned=data_parallel(g, line(n))))
     # each gradient is all-reduced: scattered, and gathered again where the update is not cheaper cut
     assert found.objective == pytest.approx(compute + 2 * 2 * half_all_reduce(w, n), rel=1e-9)
@@ -149,9 +154,9 @@ def test_megatron_costs_what_it_does_on_paper():
     pins = ((0, ((), ("x",))), (1, (("x",), ())), (2, ((), ())))
     x, w, h = 4.0 * batch * width, 4.0 * width * hidden / n, 4.0 * batch * hidden / n
     dot = product(2.0 * batch * width * hidden / n, x, w, h)
-    update = 0.5 * w / MEMORY_BANDWIDTH
+    update = kernel(w, w, w)
     # the sum of y is scattered, the error computed on the parts and gathered: one all-reduce in two halves
-    error = 0.5 * x / n / MEMORY_BANDWIDTH
+    error = 3 * kernel(x / n)
     found = plan(g, whole(g), line(n), Options(pinned=pins))
     assert found.objective == pytest.approx(
         5 * dot + 2 * update + error + 2 * half_all_reduce(x, n), rel=1e-9
@@ -181,12 +186,13 @@ def test_a_grid_of_data_and_model_axes_costs_what_it_does_on_paper(hidden):
     )
     x, w, h = 4.0 * batch * width / 2, 4.0 * width * hidden / 4, 4.0 * batch * hidden / 8
     dot = product(2.0 * batch * width * hidden / 8, x, w, h)
-    update = 0.5 * w / MEMORY_BANDWIDTH
-    error = 0.5 * x / 4 / MEMORY_BANDWIDTH
+    update = kernel(w, w, w)
+    error = 3 * kernel(x / 4)
     half_over_y = functools.partial(half_all_reduce, n=4, bandwidth=1e11, latency=5e-6)
     over_x = half_all_reduce(w, 2, 1e10, 2e-5)
     sums = half_over_y(x)  # scattered; the error is computed on the parts, and gathered
-    moved = half_over_y(h) + half_over_y(4 * w)  # an all-to-all sends (n−1)/n of what a device has, too
+    # an all-to-all sends (n−1)/n of what a device has, too, and what it received has to be put side by side
+    moved = half_over_y(h) + kernel(h, h) + half_over_y(4 * w)
     assert (moved < sums) == (hidden == 1024)
     paper = 5 * dot + 2 * update + error + min(sums, moved) + half_over_y(x) + 2 * 2 * over_x
     found = plan(g, whole(g), square(), Options(pinned=pins, gap=0.0))
@@ -230,7 +236,7 @@ def test_an_attention_block_costs_what_it_does_on_paper(mesh, data, model):
     square = 4.0 * batch * heads * time * time / d / m
     projection = product(2.0 * part * width, tokens, 4.0 * width * width / m, 4 * part)
     mixing = product(2.0 * part * time, 4 * part, 4 * part, square)
-    paper = 4 * projection + 2 * mixing + 0.5 * square / MEMORY_BANDWIDTH
+    paper = 4 * projection + 2 * mixing + kernel(square, square)
     for axis in mesh.axes:
         if axis.name in model:
             paper += 2 * half_all_reduce(tokens, axis.size, axis.bandwidth, axis.latency)

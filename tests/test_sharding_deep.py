@@ -113,4 +113,4 @@ def test_a_mixture_of_plans_fits_and_is_near_the_optimum_of_all_layers(setting):
     alike = minimise(merged, limit, 20.0, 1e-2)
     assert found.bound <= exact.objective * (1 + 1e-6)
     assert exact.bound * (1 - 1e-6) <= found.objective <= 1.02 * exact.objective
-    assert found.objective < 0.9 * alike.objective, "nothing is gained here"
+    assert found.objective < 0.93 * alike.objective, "nothing is gained here"

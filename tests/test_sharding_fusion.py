@@ -95,6 +95,27 @@ def test_who_reads_a_view_reads_what_it_is_a_view_of():
     assert spans.of(((), 2)) == (1, 7, False), "and computed again for the sum"
 
 
+def test_a_kernel_costs_what_it_reads_and_writes_however_many_equations_it_is():
+    """Of the chain between two products only its first operand and its last result reach memory."""
+    count = {n: _passes(*[unary(k, k + 1) for k in range(2, 2 + n)], last=2 + n) for n in (1, 4)}
+    assert count == {1: 2.0, 4: 2.0}
+    both = _passes(unary(2, 3), add(2, 3, 4), add(4, 0, 5), last=5)
+    assert both == 3.0, "the product, the batch, the sum: each once"
+    assert _passes(unary(2, 3, costly=True), unary(3, 4), unary(3, 5), add(4, 5, 6), last=6) == 4.0
+
+
+def _passes(*chain: Equation, last: int) -> float:
+    """How often elementwise kernels between two products read or write a whole matrix on one device."""
+    every = (dot(0, 1, 2), *chain, dot(last, 1, last + 1))
+    values = tuple(Value((SIDE, SIDE), "float32") for _ in range(last + 2))
+    graph = Graph(values, every, (0, 1), (last + 1,), ("0",), batch=(0,))
+    setting = prepare(extract(graph, range(len(every))), MESH, Options())
+    chosen = (home.layouts.index(((), ())) for home in setting.model.homes.values())
+    whole = {home.node: k for home, k in zip(setting.model.homes.values(), chosen, strict=True)}
+    seconds = sum(each[whole[node]] for (node, _), each in setting.model.streaming.items())
+    return seconds * MESH.device.bandwidth / (4 * SIDE * SIDE)
+
+
 def view(source: int, to: int) -> Equation:
     return Equation("copy", (source,), (to,), SAME, OpKind.VIEW)
 

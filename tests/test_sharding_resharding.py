@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from autopar.core.mesh import Axis, Device, Mesh
 from autopar.sharding.cost import ALL_REDUCE, REDUCE_SCATTER, SLICE, collective
 from autopar.sharding.grid import Layout, grid_of
-from autopar.sharding.resharding import NOMINAL, hops, moves, table_for
+from autopar.sharding.resharding import NOMINAL, Move, hops, moves, passes, table_for
 
 DEVICE = Device("test", 1 << 34, 1e12, (("float32", 1e13),), 1e11)
 MESH = Mesh(DEVICE, (Axis("x", 2, 1.2e10, 2e-5), Axis("y", 4, 1e11, 5e-6)))
@@ -35,6 +35,7 @@ def test_chains_are_as_cheap_as_relaxing_every_edge_to_the_end():
         for kind, axes, after in moves(layout, 2):
             share = max(1 / GRID.shards(layout), 1 / GRID.shards(after))
             cost = collective(GRID, kind, axes).seconds(NOMINAL * share)
+            cost += passes(layout, Move(kind, axes, after, share)) * NOMINAL * share / GRID.memory
             best[i, known.index[after]] = min(best[i, known.index[after]], cost)
     for k in range(count):  # Floyd-Warshall
         best = np.minimum(best, best[:, k : k + 1] + best[k : k + 1])

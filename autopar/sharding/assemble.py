@@ -49,6 +49,8 @@ def assemble(model: Model, grid: Grid, nbytes: Sizes, items: tuple[Item, ...], p
     nodes = [node.cost.copy() for node in model.nodes]
     for step in model.steps:
         nodes[step.node] += step.times * step.ways.totals
+    for (node, _), seconds in model.streaming.items():
+        nodes[node] += seconds
     for item in items:
         nodes[item.node] += (price if item.lasting else 0.0) * item.nbytes + TIE_BREAK * item.nbytes
     edges: dict[tuple[int, int], Floats] = {}

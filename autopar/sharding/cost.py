@@ -10,10 +10,6 @@ from typing import NamedTuple
 from autopar.core.graph import OpKind
 from autopar.sharding.grid import Grid
 
-FUSION = 0.5
-"""Share of an elementwise result's bytes that reaches memory: the rest stays in registers of a fused kernel.
-"""
-
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all-reduce", "all-gather", "reduce-scatter"
 ALL_TO_ALL, PERMUTE, SLICE = "all-to-all", "permute", "slice"
 
@@ -86,7 +82,8 @@ def compute(
     """Returns the seconds one device computes for its part of an operation.
 
     Args:
-        kind: what the operation is; views cost nothing, elementwise ones `FUSION` of their result.
+        kind: what the operation is; views cost nothing. Elementwise ones and reductions are parts of kernels,
+            which are priced as a whole (`autopar.sharding.streams`).
         flops: FLOPs of this device's part. rate: FLOP/s. bandwidth: bytes/s.
         reads: bytes of each local operand. writes: bytes of the local results.
         reduces: the operation sums over whole operands; one that does not (a gather) reads no more than it
@@ -94,8 +91,6 @@ def compute(
     """
     if kind is OpKind.VIEW:
         return 0.0
-    if kind is OpKind.FUSED:
-        return FUSION * writes / bandwidth
     if kind is OpKind.CONTRACTION:
         return max(flops / rate, (sum(reads) + writes) / bandwidth)
     if kind is OpKind.INDEXED:

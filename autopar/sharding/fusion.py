@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from autopar.core.graph import OpKind, Value
 from autopar.sharding.model import Key, Model, Step
 from autopar.sharding.region import Region
-from autopar.sharding.strategies import kind_of
+from autopar.sharding.strategies import kind_of, streams
 
 INSIDE = (OpKind.FUSED, OpKind.VIEW)
 """What may be computed inside of its readers."""
@@ -43,13 +43,20 @@ class Fusion:
     kept_for: dict[Key, frozenset[int]] = field(default_factory=dict)
 
 
-def fuse(region: Region, model: Model, nbytes: Callable[[Value], int]) -> Fusion:
-    """Returns which values of a model are fused into their readers."""
+def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], through: bool = False) -> Fusion:
+    """Returns which values of a model are fused into their readers.
+
+    through: who reads what is one of several alternatives' reads that of each; otherwise it is written.
+    """
     found = Fusion()
-    hungry = {step.tick for step in model.steps if not _fuses(step)}
+    hungry = {step.tick for step in model.steps if not fuses(step)}
     steps = {step.tick for step in model.steps}
-    leaving = {((), v) for v in region.leaving}
+    leaving = {((), v) for v in (*region.leaving, *(v for v, _ in region.ties))}
     read = {key: {tick for tick, _ in uses} for key, uses in model.uses.items()}
+    if through:
+        for key, joined in alternatives(model).items():
+            for made, tick in joined:
+                read[made] = read[made] - {tick} | read.get(key, set())
     inside: dict[int, set[int]] = {}  # tick of what is fused → ticks of the kernels that compute it
     for step in sorted(model.steps, key=lambda step: -step.tick):  # readers first
         if kind_of(step.equation) not in INSIDE:
@@ -70,6 +77,18 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int]) -> Fusion
                 found.kept_for[key] = frozenset(t for t in ticks if t in hungry or t not in steps)
             else:  # who reads the view reads the value itself
                 read[of] = read[of] - {step.tick} | ticks
+    return found
+
+
+def alternatives(model: Model) -> dict[Key, tuple[tuple[Key, int], ...]]:
+    """Returns value → (what an alternative makes for it, the tick at which they are joined)."""
+    ticks = {key: model.first[key] - 1 for key in model.homes}
+    found: dict[Key, tuple[tuple[Key, int], ...]] = {}
+    for path, scope in model.scopes.items():
+        for e in scope.equations:
+            key = path, e.outputs[0] if e.outputs else -1
+            if e.kind is OpKind.EITHER and key in model.homes:
+                found[key] = tuple(((path, v), ticks[key]) for v in e.operands)
     return found
 
 
@@ -103,12 +122,10 @@ def _readers(model: Model, ticks: set[int]) -> int:
     return len(shared) + sum(most.values())
 
 
-def _fuses(step: Step) -> bool:
+def fuses(step: Step) -> bool:
     """Whether the kernel of a step may compute its operands itself: elementwise ones and reductions may."""
     kind, rule = kind_of(step.equation), step.equation.rule
-    if kind is OpKind.MEMORY:
-        return rule is not None and bool(rule.reductions) and not rule.fixed
-    return kind in INSIDE
+    return kind is OpKind.VIEW or (rule is not None and streams(kind, rule))
 
 
 def _big(step: Step, model: Model, nbytes: Callable[[Value], int], size: int) -> frozenset[Key]:

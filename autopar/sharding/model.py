@@ -121,6 +121,8 @@ class Model:
         asked: tick → the alternative whose equation runs then.
         same: homes of one value that have to agree, as far as their alternatives are taken.
         entries: homes from which alternatives read.
+        streaming: (node, phase) → seconds per step in which elementwise kernels read and write memory, for
+            each choice.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -141,6 +143,7 @@ class Model:
     asked: dict[int, Alternative] = field(default_factory=dict)
     same: list[tuple[Home, Home]] = field(default_factory=list)
     entries: dict[tuple[Key, Alternative], Home] = field(default_factory=dict)
+    streaming: dict[tuple[int, Phase], npt.NDArray[np.float64]] = field(default_factory=dict)
 
     def node(
         self,

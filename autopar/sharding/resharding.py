@@ -41,6 +41,19 @@ class Move(NamedTuple):
     share: float
 
 
+def passes(before: Layout, move: Move) -> int:
+    """Returns how often a device reads or writes a move's buffer besides sending it.
+
+    Collectives send and receive contiguous memory. Parts of a tensor along its first dim are that; those
+    along another one are brought into order by a kernel that reads and writes them, before they are sent
+    (where an all-to-all cuts) and after they have come (where it joins, as an all-gather does).
+    """
+    if move.kind not in (ALL_GATHER, ALL_TO_ALL):
+        return 0
+    changed = (d for d, (a, b) in enumerate(zip(before, move.after, strict=True)) if a != b)
+    return 2 * sum(d > 0 for d in changed)
+
+
 @functools.lru_cache(maxsize=65536)
 def divisible(shape: tuple[int, ...], grid: Grid) -> Divisible:
     """Returns which subsets of the axes divide each dim of the shape."""
@@ -111,11 +124,18 @@ class Table:
             return 0.0
         return (1 / self.grid.shards(source) + 1 / self.grid.shards(chain[-1].after)) / self.grid.memory
 
+    def ordering(self, source: Layout, chain: Sequence[Move]) -> float:
+        """Returns the seconds per byte to bring what is sent and received into order (`passes`)."""
+        before = (source, *(move.after for move in chain))
+        often = sum(passes(b, move) * move.share for b, move in zip(before, chain, strict=False))
+        return often / self.grid.memory
+
     def _row(self, source: int) -> npt.NDArray[np.float64]:
         if source not in self._rows:
             row = np.zeros((4, len(self.layouts)))
             for target, chain in self._reach(source).items():
                 row[2, target] = self.apart(self.layouts[source], chain)
+                row[1, target] = self.ordering(self.layouts[source], chain)
                 row[3, target] = sum(move.kind != SLICE for move in chain)
                 for move in chain:
                     price = collective(self.grid, move.kind, move.axes)
@@ -140,8 +160,9 @@ class Table:
                 if after not in self.index or self.index[after] in done:
                     continue
                 share = max(1 / self.grid.shards(here), 1 / self.grid.shards(after))
-                step = collective(self.grid, kind, axes).seconds(NOMINAL * share) + 1e-9
                 move = Move(kind, axes, after, share)
+                step = collective(self.grid, kind, axes).seconds(NOMINAL * share) + 1e-9
+                step += passes(here, move) * share * NOMINAL / self.grid.memory
                 heapq.heappush(heap, (seconds + step, next(tick), after, (*way, move)))
         self._chains[source] = done
         return done

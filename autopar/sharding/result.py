@@ -76,6 +76,9 @@ class Reader:
                 value = self._outer((step.path, step.equation.outputs[t.result]))
                 self._add(t.kind, t.axes, t.nbytes, t.seconds, step.times, value, step.phase)
 
+        for (node, phase), seconds in self.model.streaming.items():
+            self.out.seconds[phase] += float(seconds[self.chosen[node]])
+
     def _reads(self) -> None:
         for read in self.model.reads:
             if read.lazy or read.copy:
@@ -123,6 +126,7 @@ class Reader:
         value = self.model.value(key)
         size = self.nbytes(value)
         table = table_for(value.shape, self.grid)
+        self.out.seconds[phase] += times * size * table.ordering(have, table.chain(have, want))
         if fused:
             self.out.seconds[phase] += times * size * table.apart(have, table.chain(have, want))
         for move in table.chain(have, want):

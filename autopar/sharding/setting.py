@@ -29,6 +29,7 @@ from autopar.sharding.options import Options
 from autopar.sharding.parts import cut_at_once
 from autopar.sharding.region import Region
 from autopar.sharding.solving import Solved, least_peak, minimise
+from autopar.sharding.streams import charge
 
 DEEP = 150
 """Nodes from which on like parts share a decision."""
@@ -131,6 +132,8 @@ def _built(region: Region, mesh: Mesh, options: Options) -> Setting:
     model = builder.build()
     fused = fuse(region, model, builder.nbytes)
     mark_fused(model, fused)
+    through = fuse(region, model, builder.nbytes, through=True) if model.asked else fused
+    charge(region, model, through, grid, builder.nbytes)
     share_reads(model, grid, region, bool(options.regather))
     _pin(model, region, grid, options)
     items = usage(region, model, grid, builder.nbytes, options.in_flight, fused)

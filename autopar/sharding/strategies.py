@@ -134,6 +134,13 @@ def kind_of(equation: Equation) -> OpKind:
     return equation.kind
 
 
+def streams(kind: OpKind, rule: Rule) -> bool:
+    """Returns whether an operation is a kernel that may compute its operands itself: such a kernel costs what
+    it reads and writes (`autopar.sharding.streams`), the operation alone nothing."""
+    reduction = kind is OpKind.MEMORY and bool(rule.reductions) and not rule.fixed
+    return kind is OpKind.FUSED or reduction
+
+
 def place(dims: Dims, axes: Assignment, sizes: Sequence[int], grid: Grid) -> Layout | None:
     """Returns the layout of one tensor under an assignment, or None when it has no spelling.
 
@@ -219,7 +226,8 @@ def _finish(op: Op, axes: Assignment, grid: Grid) -> Iterator[Strategy]:
         return
     for scattered in _scatters(op, whole, summed, grid):
         traffic = _resolve(op, whole, scattered, summed, grid)
-        yield Strategy(operands, whole, (scattered, *whole[1:]), seconds, traffic)
+        ordered = seconds + _ordering(op, whole[0], scattered, grid)
+        yield Strategy(operands, whole, (scattered, *whole[1:]), ordered, traffic)
 
 
 def _permuted(used: set[int], summed: tuple[int, ...]) -> bool:
@@ -265,6 +273,14 @@ def _resolve(
     return tuple(found)
 
 
+def _ordering(op: Op, made: Layout, scattered: Layout, grid: Grid) -> float:
+    """Returns the seconds to bring partial sums into order that are scattered over another dim than the
+    first: see `autopar.sharding.resharding.passes`."""
+    if made[1:] == scattered[1:]:
+        return 0.0
+    return 2 * op.results[0].nbytes / grid.shards(made) / op.bandwidth
+
+
 def _traffic(kind: str, axes: tuple[int, ...], nbytes: float, result: int, grid: Grid) -> Traffic:
     price = collective(grid, kind, tuple(sorted(axes)))
     return Traffic(kind, tuple(sorted(axes)), price.wire * nbytes, price.seconds(nbytes), result)
@@ -274,6 +290,8 @@ def seconds_of(
     op: Op, operands: Sequence[Layout | None], results: Sequence[Layout], axes: Assignment, grid: Grid
 ) -> float:
     """Returns the seconds one device computes under an assignment."""
+    if streams(op.kind, op.rule):
+        return 0.0
     reads = [
         t.nbytes / grid.shards(layout)
         for t, layout in zip(op.operands, operands, strict=True)

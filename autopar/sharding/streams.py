@@ -1,0 +1,164 @@
+"""What elementwise kernels read and write: seconds for every choice of the nodes that decide how much.
+
+An elementwise result or a reduction that reaches memory is one kernel. It writes its own part, and reads the
+parts of what it is made of, however many equations lie between (`autopar.sharding.fusion`): those cost
+nothing by themselves. What several kernels compute each for themselves is read by each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from autopar.core.graph import Alternative, OpKind, Phase, Value
+from autopar.sharding.fusion import Fusion, alternatives, fuses
+from autopar.sharding.grid import Grid
+from autopar.sharding.memory import Local
+from autopar.sharding.model import Home, Key, Model, Step
+from autopar.sharding.region import Region
+
+
+def charge(region: Region, model: Model, found: Fusion, grid: Grid, nbytes: Callable[[Value], int]) -> None:
+    """Fills `Model.streaming`. found: what is computed inside of its readers."""
+    local, touching = Local(grid), _Touching(region, model, found)
+
+    def add(key: Key, home: Home, phase: Phase, times: int) -> None:
+        if not (size := nbytes(model.value(key))):
+            return
+        seconds = times * size / grid.memory / local.parts(home.layouts)
+        known = model.streaming.get((home.node, phase))
+        model.streaming[home.node, phase] = seconds if known is None else known + seconds
+
+    for kernel in model.steps:
+        for key, home in touching.by(kernel):
+            add(key, home, kernel.phase, kernel.times)
+    for sliced in _slices(region, model):
+        add(*sliced)
+
+
+def _slices(region: Region, model: Model) -> Iterator[tuple[Key, Home, Phase, int]]:
+    """Yields (value, where its layout is decided, phase, how often it is read or written) of what loops take
+    slice by slice, and of what they stack.
+
+    An elementwise kernel reads and writes slices in their place. For others a slice is cut out first (read,
+    written), and put into the stack at last; stacks begin as zeros.
+    """
+    read, made = _apart(model)
+    for path, scope in model.scopes.items():
+        if not path:
+            continue
+        around, phase = model.scopes[path[:-1]], scope.phase
+        equation = around.equations[path[-1]]
+        loop = equation.loop
+        assert loop is not None and phase is not None
+        often, once = (region.times(phase) * trips for trips in (scope.trips, around.trips))
+        for b in loop.body.inputs[loop.consts + loop.carries :]:
+            if (path, b) in read and (path, b) in model.homes:
+                yield (path, b), model.homes[path, b], phase, 2 * often
+        for k, v in enumerate(equation.outputs[loop.carries :], loop.carries):
+            home = model.made.get((path[:-1], path[-1], k))
+            if home is not None:
+                yield (path[:-1], v), home, phase, (3 if (path, loop.body.outputs[k]) in made else 1) * once
+
+
+def _apart(model: Model) -> tuple[set[Key], set[Key]]:
+    """Returns what is read and what is made by kernels that compute none of their operands themselves, views
+    looked through."""
+    read, made = set[Key](), set[Key]()
+    in_order = sorted(model.steps, key=lambda step: step.tick)
+    for step in in_order:
+        operands = {(step.path, v) for v in step.equation.operands}
+        if not fuses(step) or (step.equation.kind is OpKind.VIEW and not operands.isdisjoint(made)):
+            made.update((step.path, v) for v in step.equation.outputs)
+    for step in reversed(in_order):
+        outputs = {(step.path, v) for v in step.equation.outputs}
+        if not fuses(step) or (step.equation.kind is OpKind.VIEW and not outputs.isdisjoint(read)):
+            read.update((step.path, v) for v in step.equation.operands)
+    return read, made
+
+
+class _Touching:
+    """Which values each kernel reads and writes, and in which layouts."""
+
+    def __init__(self, region: Region, model: Model, found: Fusion):
+        self.region, self.model, self.found = region, model, found
+        steps = [(step, k) for step in model.steps for k in range(len(step.equation.outputs))]
+        self.makers = {(step.path, step.equation.outputs[k]): (step, k) for step, k in steps}
+        self.handed = frozenset[Key]() if region.whole else self._handed()
+        self.joined = alternatives(model)
+
+    def by(self, kernel: Step) -> Iterator[tuple[Key, Home]]:
+        """Yields (value, where its layout is decided) of all that a kernel writes and reads, each once;
+        nothing for what is no kernel of its own, or is priced as an operation (`autopar.sharding.cost`)."""
+        if kernel.equation.kind is OpKind.VIEW or not fuses(kernel):
+            return
+        keys = [(kernel.path, v) for v in kernel.equation.outputs]
+        kept = [k for k, key in enumerate(keys) if self._written(key)]
+        if not kept:
+            return
+        for k in kept:
+            if keys[k] in self.model.homes:
+                yield keys[k], Home(kernel.node, kernel.ways.made[k])
+        yield from self._reads(kernel)
+
+    def _reads(self, kernel: Step) -> Iterator[tuple[Key, Home]]:
+        """Yields what a kernel reads, be it for equations before its own."""
+        seen = set[tuple[Key, Alternative | None]]()
+        waiting, visited = [kernel], {kernel.tick}
+        while waiting:
+            step = waiting.pop()
+            when = self.model.asked.get(step.tick)
+            for k, v in enumerate(step.equation.inputs):
+                key = step.path, v or 0
+                if v is None or key not in self.model.homes or not step.ways.operands[k]:
+                    continue
+                for value, maker in self._ways(key, kernel):
+                    if maker is not None:
+                        waiting += [maker] if maker.tick not in visited else []
+                        visited.add(maker.tick)
+                    elif seen.isdisjoint({(value, None), (value, when)}):
+                        seen.add((value, when))
+                        yield (
+                            value,
+                            self._decided(kernel, step, k) if value == key else self.model.homes[value],
+                        )
+
+    def _ways(self, key: Key, kernel: Step) -> Iterable[tuple[Key, Step | None]]:
+        """How a kernel comes by a value: by running the step that makes it, or by reading it (None).
+
+        What is one of several alternatives' it takes from each of them, if it runs anything of them. A kernel
+        that is part of an alternative itself is taken to do the same with all of another layer's.
+        """
+        if key not in self.joined:
+            return [(key, self.makers[key][0] if self._inside(key, kernel) else None)]
+        each = [(v, self.makers[v][0] if self._inside(v, kernel) else None) for v, _ in self.joined[key]]
+        if all(maker is None for _, maker in each):
+            return [(key, None)]
+        return each[:1] if kernel.tick in self.model.asked else each
+
+    def _written(self, key: Key) -> bool:
+        return key not in self.found.sources or bool(self.found.kept_for.get(key)) or key in self.handed
+
+    def _inside(self, key: Key, kernel: Step) -> bool:
+        """Whether a kernel computes what it reads itself."""
+        if key not in self.found.sources or key not in self.makers:
+            return False
+        return key not in self.handed or self.makers[key][0].phase is kernel.phase
+
+    def _decided(self, kernel: Step, step: Step, k: int) -> Home:
+        """Where it is decided how much of operand k of a step a kernel reads: at the step, but for steps that
+        may not be taken where the kernel is; of these it reads as much as is its own part."""
+        asked = self.model.asked
+        if kernel.tick not in asked or asked.get(step.tick) == asked[kernel.tick]:
+            return Home(step.node, step.ways.operands[k])
+        own = next((columns for columns in kernel.ways.operands if columns), kernel.ways.made[0])
+        return Home(kernel.node, own)
+
+    def _handed(self) -> frozenset[Key]:
+        """What separate programs hand over: made in the forward, read in the backward."""
+        found = set[Key]()
+        for key, (step, _) in self.makers.items():
+            if step.phase is Phase.FORWARD and any(
+                phase is not Phase.FORWARD for _, phase in self.model.uses.get(key, ())
+            ):
+                found.add(key)
+        return frozenset(found)
