@@ -11,7 +11,6 @@ from autopar.core.graph import Graph
 from autopar.core.plan import ShardingPlan
 from autopar.core.spec import Spec
 from autopar.sharding.explain import tokens
-from autopar.trace.traced import Traced
 
 if TYPE_CHECKING:
     from autopar.api.exact import Made
@@ -19,23 +18,17 @@ if TYPE_CHECKING:
 Pins = tuple[tuple[int, Spec], ...]
 
 
-def sharding_of(made: Made | None, method: str) -> ShardingPlan:
-    """Returns the layouts of a step that was planned before.
+def made_of(made: Made | None, method: str) -> Made:
+    """Returns the plan of the step that is followed, with its trace.
 
     Raises:
-        BadInput: it has not been planned. NotImplementedError: it is a pipeline.
+        BadInput: it has not been planned.
     """
     if made is None:
         raise BadInput(
             f"{method} needs the other step's plan: call that step, or its .plan(*shapes), before this one"
         )
-    first, *more = made.plan.stages
-    if more:
-        raise NotImplementedError(
-            f"{method} of a step in {1 + len(more)} pipeline stages is not built; plan the other step with "
-            "ShardParallel, or this one with Auto(stages=…)"
-        )
-    return first.sharding
+    return made
 
 
 def mesh_of(sharding: ShardingPlan, cluster: Cluster) -> MeshChoice:
@@ -44,21 +37,22 @@ def mesh_of(sharding: ShardingPlan, cluster: Cluster) -> MeshChoice:
     return MeshChoice(choice.kind, choice.devices, choice.nodes, sharding.mesh)
 
 
-def arguments(traced: Traced, made: Made, sharding: ShardingPlan) -> Pins:
-    """Returns pins for the arguments that the other step has too."""
-    return matched(traced.graph, traced.graph.inputs, made.traced.graph, made.traced.graph.inputs, sharding)
+def arguments(graph: Graph, made: Made, sharding: ShardingPlan) -> Pins:
+    """Returns pins for the arguments that the other step has too, as they lie in one of its stages."""
+    theirs = [v for v in made.traced.graph.inputs if v in sharding.layout]
+    found = matched(graph, graph.inputs, made.traced.graph, theirs)
+    return tuple((v, sharding.layout[u]) for v, u in found.items())
 
 
-def results(traced: Traced, made: Made, sharding: ShardingPlan) -> Pins:
-    """Returns pins for the results that the other step takes as arguments.
+def results(graph: Graph, made: Made) -> dict[int, int]:
+    """Returns result → the argument of the other step that it becomes.
 
     Raises:
         BadInput: no result is an argument of it.
     """
-    theirs = made.traced.graph
-    made_here = [v for v in dict.fromkeys(traced.graph.outputs) if v is not None]
-    found = matched(traced.graph, made_here, theirs, theirs.inputs, sharding)
-    if not found and any(traced.graph.values[v].shape for v in made_here):
+    made_here = [v for v in dict.fromkeys(graph.outputs) if v is not None]
+    found = matched(graph, made_here, made.traced.graph, made.traced.graph.inputs)
+    if not found and any(graph.values[v].shape for v in made_here):
         raise BadInput(
             "CreateState: no result of this function has the path and shape of an argument of the step; it "
             "should return that step's state, as the same tree"
@@ -66,16 +60,14 @@ def results(traced: Traced, made: Made, sharding: ShardingPlan) -> Pins:
     return found
 
 
-def matched(
-    graph: Graph, values: Sequence[int], other: Graph, theirs: Sequence[int], sharding: ShardingPlan
-) -> Pins:
-    """Returns (value, the other step's layout) for values that share shape, type and the end of their path.
+def matched(graph: Graph, values: Sequence[int], other: Graph, theirs: Sequence[int]) -> dict[int, int]:
+    """Returns value → the other step's, where they share shape, type and the end of their path.
 
     What begins a path is the argument's own name ("params" here, "state.params" there); of several that
     agree in all but that, the one with most of its path in common is meant.
     """
-    paths = {v: tokens(other.values[v].name) for v in theirs if v in sharding.layout}
-    found: list[tuple[int, Spec]] = []
+    paths = {v: tokens(other.values[v].name) for v in theirs if other.values[v].shape}
+    found: dict[int, int] = {}
     for v in values:
         value, mine = graph.values[v], tokens(graph.values[v].name)
         alike = {
@@ -85,8 +77,8 @@ def matched(
         }
         best = max(alike, key=lambda u: (alike[u], -len(paths[u])), default=None)
         if best is not None and alike[best] >= max(1, len(mine) - 1):
-            found.append((v, sharding.layout[best]))
-    return tuple(found)
+            found[v] = best
+    return found
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:

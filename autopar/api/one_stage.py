@@ -175,8 +175,8 @@ def _is_short(made: Made, choice: MeshChoice) -> bool:
 
 def _meshes(cluster: Cluster, method: OneStage) -> tuple[MeshChoice, ...]:
     if isinstance(method, Follow | CreateState):
-        sharding = following.sharding_of(method.step.made, type(method).__name__)
-        return (following.mesh_of(sharding, cluster),)
+        (stage,) = following.made_of(method.step.made, type(method).__name__).plan.stages
+        return (following.mesh_of(stage.sharding, cluster),)
     mesh = method.mesh
     if mesh is None:
         return tuple(c for c in submeshes(cluster) if c.devices == cluster.size)
@@ -200,8 +200,11 @@ def _fixed(method: OneStage, traced: Traced, mesh: Mesh) -> Pins:
             return specs.pinned(traced, mesh, wanted or {}, method.where)
         case Follow(step=step) | CreateState(step=step):
             assert step.made is not None, "checked when its mesh was asked for"
-            take = following.arguments if isinstance(method, Follow) else following.results
-            return take(traced, step.made, step.made.plan.stages[0].sharding)
+            sharding = step.made.plan.stages[0].sharding
+            if isinstance(method, Follow):
+                return following.arguments(traced.graph, step.made, sharding)
+            found = following.results(traced.graph, step.made)
+            return tuple((v, sharding.layout[u]) for v, u in found.items() if u in sharding.layout)
         case _:
             return ()
 

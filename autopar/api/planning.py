@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from autopar import stages
+from autopar.api.along import along, is_pipelined
 from autopar.api.exact import GAP, SECONDS, Made, Say, exact, timed
 from autopar.api.methods import (
     Auto,
@@ -65,6 +66,8 @@ def make(tracer: Tracer, cluster: Cluster, method: Method, say: Say) -> Made:
         match method:
             case Manual(plan=nouns.Plan() as plan):
                 return _manual(tracer, cluster, plan)
+            case Follow() | CreateState() if is_pipelined(method):
+                return along(tracer, cluster, method, say)
             case ShardParallel() | Manual() | Follow() | CreateState():
                 return one_stage(tracer, cluster, method, say)
             case Auto():
