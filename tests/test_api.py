@@ -134,6 +134,19 @@ def test_donation():
     np.testing.assert_array_equal(kept.step, 0)
 
 
+def test_an_equal_method_on_an_equal_cluster_plans_nothing_anew():
+    def step(state, batch):
+        return MLP.step(state, batch)
+
+    made = [parallel(step, cluster=replace(EIGHT), method=ap.ShardParallel(mesh=(1, 8))) for _ in range(2)]
+    first, second = (each.plan(*ARGS) and each.made for each in made)
+    assert first is second
+    other = parallel(step, method=ap.ShardParallel(mesh=(8, 1)))
+    assert other.plan(*ARGS) and other.made is not first
+    smaller = parallel(step, cluster=replace(EIGHT, latency=2 * EIGHT.latency))
+    assert smaller.plan(*ARGS) and smaller.made is not first
+
+
 # -- compiled steps
 
 

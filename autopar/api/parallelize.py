@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from autopar import cluster as room
 from autopar.api.cluster import Cluster
-from autopar.api.methods import Auto, CreateState, Follow, Manual, Method
+from autopar.api.methods import Auto, CreateState, Follow, Manual, Method, ShardParallel
 from autopar.api.plan import Plan
 from autopar.api.planning import Made, Say, make
 from autopar.api.tracing import Tracer, known_traces
@@ -164,8 +164,18 @@ class Parallelized:
             weak = tuple(getattr(x, "weak_type", False) for x in jax.tree.leaves((args, kwargs)))
             traces = known_traces(self.function, (key, weak, how))
             tracer = Tracer(self.function, args, kwargs, *how, traces=traces)
-            self._made[key] = make(tracer, self._cluster(), self.method, self._say)
+            self._made[key] = self._make(tracer)
         return self._made[key]
+
+    def _make(self, tracer: Tracer) -> Made:
+        """Returns the plan of a trace: the known one, if an equal method planned it for an equal cluster."""
+        cluster, method, known = self._cluster(), self.method, tracer.traces.made
+        asked = method, cluster
+        if not isinstance(method, Auto | ShardParallel) or isinstance(method.remat, Mapping):
+            return make(tracer, cluster, method, self._say)  # they depend on what has no hash, or changes
+        if asked not in known:
+            known[asked] = make(tracer, cluster, method, self._say)
+        return known[asked]
 
     def _cluster(self) -> room.Cluster:
         if self.cluster is None:

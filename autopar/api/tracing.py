@@ -26,11 +26,17 @@ RECENT = 4
 
 @dataclass
 class Traces:
-    """What is known of a function on arguments of some shapes: as it was traced, cut, and differentiated."""
+    """What is known of a function on arguments of some shapes: as it was traced, cut, and differentiated, and
+    how it was planned.
+
+    Attributes:
+        made: all that a plan depends on beside the trace → the plan (`exact.Made`).
+    """
 
     begun: list[Begun] = field(default_factory=list)
     prepared: dict[Hashable, Prepared] = field(default_factory=dict)
     known: dict[Hashable, Traced] = field(default_factory=dict)
+    made: dict[Hashable, Any] = field(default_factory=dict)
 
 
 @functools.lru_cache(maxsize=RECENT)
