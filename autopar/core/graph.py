@@ -170,6 +170,23 @@ class Equation:
         inputs = self.inputs
         return tuple(v for v in inputs if v is not None) if None in inputs else inputs  # type: ignore[return-value]
 
+    def between(self, inputs: tuple[int | None, ...], outputs: tuple[int, ...]) -> Equation:
+        """Returns the same operation on other values (in half the time of `dataclasses.replace`)."""
+        return Equation(
+            self.op,
+            inputs,
+            outputs,
+            self.rule,
+            self.kind,
+            self.flops,
+            self.phase,
+            self.layer,
+            self.source,
+            self.loop,
+            self.costly,
+            self.when,
+        )
+
 
 @dataclass(frozen=True)
 class Graph:

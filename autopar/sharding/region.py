@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from autopar.core.graph import Combine, Equation, Graph, Loop, Phase, Value
 
@@ -109,11 +109,8 @@ def _read_outside(graph: Graph, indices: tuple[int, ...], made: set[int]) -> set
 
 
 def _renumber(equation: Equation, number: dict[int, int]) -> Equation:
-    return replace(
-        equation,
-        inputs=tuple(None if v is None else number[v] for v in equation.inputs),
-        outputs=tuple(number[v] for v in equation.outputs),
-    )
+    inputs = tuple([None if v is None else number[v] for v in equation.inputs])
+    return equation.between(inputs, tuple([number[v] for v in equation.outputs]))
 
 
 def signature(graph: Graph, equations: Iterable[int]) -> str:
@@ -123,8 +120,9 @@ def signature(graph: Graph, equations: Iterable[int]) -> str:
 
 def region_key(region: Region) -> str:
     """Returns the key of a region: a digest of shapes, rules, phases and roles."""
+    rules: dict[int, str] = {}
     parts: list[object] = [
-        tuple((v.shape, v.dtype) for v in region.values),
+        [(v.shape, v.dtype) for v in region.values],
         region.state,
         region.arriving,
         region.ties,
@@ -133,18 +131,23 @@ def region_key(region: Region) -> str:
         region.combine,
         region.microbatches,
         region.whole,
-        tuple(_equation_key(e) for e in region.equations),
+        [_equation_key(e, rules) for e in region.equations],
     ]
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _equation_key(e: Equation) -> tuple[object, ...]:
-    loop = e.loop and _loop_key(e.loop)
-    return e.inputs, e.outputs, e.rule, e.kind, e.flops, e.phase, e.costly, loop, e.when
+def _equation_key(e: Equation, rules: dict[int, str]) -> tuple[object, ...]:
+    """Returns the key of an equation. rules: texts of those met before; equations of a kind share theirs."""
+    rule = rules.get(id(e.rule))
+    if rule is None:
+        rule = rules[id(e.rule)] = repr(e.rule)
+    loop = e.loop and _loop_key(e.loop, rules)
+    when = e.when and (e.when[0], e.when[1].value)
+    return e.inputs, e.outputs, rule, e.kind.value, e.flops, e.phase.value, e.costly, loop, when
 
 
-def _loop_key(loop: Loop) -> tuple[object, ...]:
+def _loop_key(loop: Loop, rules: dict[int, str]) -> tuple[object, ...]:
     body = loop.body
     shapes = tuple((v.shape, v.dtype) for v in body.values)
-    inside = tuple(_equation_key(e) for e in body.equations)
+    inside = tuple(_equation_key(e, rules) for e in body.equations)
     return loop.length, loop.consts, loop.carries, shapes, body.inputs, body.outputs, inside

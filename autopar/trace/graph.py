@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,7 +101,13 @@ def build(
 
 def value(v: Any, name: str = "") -> Value:
     """Returns the core value of a variable."""
-    return Value(tuple(int(n) for n in v.aval.shape), str(v.aval.dtype), name)
+    return Value(tuple(map(int, v.aval.shape)), _text(v.aval.dtype), name)
+
+
+@functools.cache
+def _text(dtype: Any) -> str:
+    """The name of an element type; NumPy takes its time to tell."""
+    return str(dtype)
 
 
 def _loop(equation: JaxprEqn, body: Graph | None) -> Loop | None:
