@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from autopar.api.likeliest import likeliest, likeliest_by_parts
 from autopar.api.planning import GAP, SECONDS, Made, Say
 from autopar.api.tracing import Tracer
 from autopar.cluster import Cluster
@@ -133,7 +134,7 @@ class Served:
             layers = tuple(map(family.Windowed, cache, window))
             logits, layers = family.step(self.config, params, layers, *batch)
             cache, window = zip(*layers)
-            return (likeliest(logits), logits), cache, window
+            return (likeliest_by_parts(logits), logits), cache, window
 
         return step
 
@@ -179,21 +180,6 @@ class Served:
 
 def _bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
-
-
-def likeliest(logits: Array) -> Array:
-    """Returns the index of the largest logit of each row, int32, the lowest among equals; -1 beside a NaN.
-
-    In two passes, a maximum and then a minimum over indices: XLA's own argmax carries pairs through one
-    reduction, which a CPU cannot vectorise. And of the transposed logits, as their product leaves them there
-    (`models.decoder.product`): rows side by side are reduced together.
-    """
-    columns = logits.T
-    top = jnp.max(columns, axis=0)
-    beyond = columns.shape[0]
-    index = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 0)
-    found = jnp.min(jnp.where(columns == top, index, beyond), axis=0)
-    return jnp.where(found == beyond, -1, found)
 
 
 # -- derived plans
