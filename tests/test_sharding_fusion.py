@@ -103,6 +103,11 @@ def test_a_kernel_costs_what_it_reads_and_writes_however_many_equations_it_is():
     assert both == 3.0, "the product, the batch, the sum: each once"
     assert _passes(unary(2, 3, costly=True), unary(3, 4), unary(3, 5), add(4, 5, 6), last=6) == 4.0
 
+    one = _passes(add(0, 2, 3), unary(3, 4), unary(3, 5), add(4, 5, 6), last=6)
+    assert one == 3.0, "a sum that several equations of one kernel read stays inside"
+    two = (add(0, 2, 3), unary(3, 4, costly=True), unary(3, 5, costly=True), dot(4, 5, 6))
+    assert _passes(*two, last=6) == 6.0, "two kernels each read both operands"
+
 
 def _passes(*chain: Equation, last: int) -> float:
     """How often elementwise kernels between two products read or write a whole matrix on one device."""
@@ -113,7 +118,7 @@ def _passes(*chain: Equation, last: int) -> float:
     chosen = (home.layouts.index(((), ())) for home in setting.model.homes.values())
     whole = {home.node: k for home, k in zip(setting.model.homes.values(), chosen, strict=True)}
     seconds = sum(each[whole[node]] for (node, _), each in setting.model.streaming.items())
-    return seconds * MESH.device.bandwidth / (4 * SIDE * SIDE)
+    return round(seconds * MESH.device.bandwidth / (4 * SIDE * SIDE), 6)
 
 
 def view(source: int, to: int) -> Equation:

@@ -43,17 +43,21 @@ class Fusion:
     kept_for: dict[Key, frozenset[int]] = field(default_factory=dict)
 
 
-def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], through: bool = False) -> Fusion:
+def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], timed: bool = False) -> Fusion:
     """Returns which values of a model are fused into their readers.
 
-    through: who reads what is one of several alternatives' reads that of each; otherwise it is written.
+    timed: for what kernels read and write, instead of for what is alive. Then who reads what is one of
+        several alternatives' reads that of each; otherwise it is written. And elementwise readers compute
+        all of a sum each for themselves; for memory it is taken to be kept, as it is where a barrier or a
+        collective reads it, too.
     """
     found = Fusion()
     hungry = {step.tick for step in model.steps if not fuses(step)}
     steps = {step.tick for step in model.steps}
     leaving = {((), v) for v in (*region.leaving, *(v for v, _ in region.ties))}
     read = {key: {tick for tick, _ in uses} for key, uses in model.uses.items()}
-    if through:
+    if timed:
+        leaving |= _leaving_bodies(model)
         for key, joined in alternatives(model).items():
             for made, tick in joined:
                 read[made] = read[made] - {tick} | read.get(key, set())
@@ -69,7 +73,8 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], through: 
             kernels = {kernel for tick in ticks for kernel in inside.get(tick, {tick})}
             big = _big(step, model, nbytes, nbytes(model.value(key)))
             several = max(_readers(model, ticks), _readers(model, kernels)) > 1
-            if several and (step.equation.costly or len(big) > 1):
+            apart = not timed or any(t in hungry or t not in steps for t in ticks)
+            if several and (step.equation.costly or (len(big) > 1 and apart)):
                 continue
             found.sources[key] = big
             inside.setdefault(step.tick, set()).update(kernels)
@@ -77,6 +82,17 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], through: 
                 found.kept_for[key] = frozenset(t for t in ticks if t in hungry or t not in steps)
             else:  # who reads the view reads the value itself
                 read[of] = read[of] - {step.tick} | ticks
+    return found
+
+
+def _leaving_bodies(model: Model) -> set[Key]:
+    """What the bodies of loops leave: carries and what is stacked."""
+    found = set[Key]()
+    for path in model.scopes:
+        if path:
+            loop = model.scopes[path[:-1]].equations[path[-1]].loop
+            assert loop is not None
+            found.update((path, v) for v in loop.body.outputs if v is not None)
     return found
 
 

@@ -132,8 +132,7 @@ def _built(region: Region, mesh: Mesh, options: Options) -> Setting:
     model = builder.build()
     fused = fuse(region, model, builder.nbytes)
     mark_fused(model, fused)
-    through = fuse(region, model, builder.nbytes, through=True) if model.asked else fused
-    charge(region, model, through, grid, builder.nbytes)
+    charge(region, model, fuse(region, model, builder.nbytes, timed=True), grid, builder.nbytes)
     share_reads(model, grid, region, bool(options.regather))
     _pin(model, region, grid, options)
     items = usage(region, model, grid, builder.nbytes, options.in_flight, fused)

@@ -219,7 +219,7 @@ def _finish(op: Op, axes: Assignment, grid: Grid) -> Iterator[Strategy]:
     seconds = seconds_of(op, operands, whole, axes, grid)
     summed = tuple(a for f in rule.reductions for a in axes.get(f, ()))
     if (
-        op.kind is OpKind.INDEXED
+        (op.kind is OpKind.INDEXED or _scatters_into(op.rule))
         and summed
         and _permuted({a for mine in axes.values() for a in mine}, summed)
     ):
@@ -230,8 +230,13 @@ def _finish(op: Op, axes: Assignment, grid: Grid) -> Iterator[Strategy]:
         yield Strategy(operands, whole, (scattered, *whole[1:]), ordered, traffic)
 
 
+def _scatters_into(rule: Rule) -> bool:
+    """Whether results are sums of updates into the first operand, at places that another one tells."""
+    return len(rule.operands) > 2 and bool(rule.reductions) and rule.results[:1] == rule.operands[:1]
+
+
 def _permuted(used: set[int], summed: tuple[int, ...]) -> bool:
-    """Whether the partitioner reorders devices around a look-up in a cut table.
+    """Whether the partitioner reorders devices around a look-up in a cut table, or a sum into one.
 
     It puts axes that cut neither the table nor the indices last. Where such an axis is major to all others,
     and both are cut, it sends indices and results to other devices and back, whatever that costs.
