@@ -12,7 +12,7 @@ from typing import NamedTuple
 from autopar.core.graph import Value
 from autopar.sharding.copies import moved_for
 from autopar.sharding.grid import Grid, Layout
-from autopar.sharding.model import Home, Key, Model
+from autopar.sharding.model import Home, Key, Model, Step
 from autopar.sharding.region import Region
 
 
@@ -25,13 +25,34 @@ class Held(NamedTuple):
     nbytes: int
 
 
+class Moves(NamedTuple):
+    """What may be held in a second layout, depending on what is chosen.
+
+    Attributes:
+        reads: value, where it lies, how a reader wants it, the reader's tick, and who shares the move.
+        sums: operations that may leave partial sums.
+    """
+
+    reads: tuple[tuple[Key, Home, Home, int, str], ...]
+    sums: tuple[Step, ...]
+
+
+def moves_of(region: Region, model: Model, regather: bool) -> Moves:
+    """Returns the moves that a model knows of."""
+    ticks = {(step.path, step.index): step.tick for step in model.steps}
+    reads: list[tuple[Key, Home, Home, int, str]] = []
+    for read in model.reads:
+        tick = None if read.site is None else ticks.get(read.site[:2])
+        if tick is None or read.tie or read.copy or read.lazy or read.key not in model.homes:
+            continue
+        group = moved_for(region, regather, read.key, read.phase)
+        reads.append((read.key, model.homes[read.key], read.target, tick, group))
+    sums = (step for step in model.steps if any(beside.any() for beside in step.ways.resolving))
+    return Moves(tuple(reads), tuple(sums))
+
+
 def second_layouts(
-    region: Region,
-    model: Model,
-    grid: Grid,
-    nbytes: Callable[[Value], int],
-    chosen: Sequence[int],
-    regather: bool,
+    moves: Moves, model: Model, grid: Grid, nbytes: Callable[[Value], int], chosen: Sequence[int]
 ) -> list[Held]:
     """Returns what a choice holds beside every value's own layout.
 
@@ -40,25 +61,17 @@ def second_layouts(
     sum first.
     """
 
-    def at(home: Home) -> Layout:
-        return home.layouts[chosen[home.node]]
-
     def size(key: Key, layout: Layout) -> int:
         return -(-nbytes(model.value(key)) // grid.shards(layout))
 
-    ticks = {(step.path, step.index): step.tick for step in model.steps}
     spans: dict[tuple[Key, Layout, str], tuple[int, int]] = {}
-    for read in model.reads:
-        tick = None if read.site is None else ticks.get(read.site[:2])
-        if tick is None or read.tie or read.copy or read.lazy or read.key not in model.homes:
-            continue
-        want = at(read.target)
-        if want != at(model.homes[read.key]):
-            group = read.key, want, moved_for(region, regather, read.key, read.phase)
-            first, last = spans.get(group, (tick, tick))
-            spans[group] = min(first, tick), max(last, tick)
+    for key, home, target, tick, group in moves.reads:
+        want = target.layouts[chosen[target.node]]
+        if want != home.layouts[chosen[home.node]]:
+            first, last = spans.get((key, want, group), (tick, tick))
+            spans[key, want, group] = min(first, tick), max(last, tick)
     found = [Held(key, a, b + 1, size(key, layout)) for (key, layout, _), (a, b) in spans.items()]
-    for step in model.steps:
+    for step in moves.sums:
         way = step.ways[chosen[step.node]]
         if not way.traffic:
             continue

@@ -3,37 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from autopar.sharding.fusion import INSIDE
 from autopar.sharding.grid import Layout
 from autopar.sharding.memory import BY, STATE, Item
-from autopar.sharding.model import Key, Model
+from autopar.sharding.model import Home, Key, Model
 from autopar.sharding.moved import Held
 from autopar.sharding.strategies import kind_of
 
 
-def cut_at_once(model: Model, chosen: Sequence[int], items: Sequence[Item]) -> list[Held]:
+class Divisible(NamedTuple):
+    """An elementwise result in memory, where it lies, and where its readers want it."""
+
+    item: Item
+    home: Home
+    wanted: tuple[Home, ...]
+
+
+def divisible(model: Model, items: Sequence[Item]) -> list[Divisible]:
+    """Returns what may take less, depending on what is chosen."""
+    wanted: dict[Key, list[Home]] = {}
+    for read in model.reads:
+        if not read.copy:
+            wanted.setdefault(read.key, []).append(read.target)
+    elementwise = made_elementwise(model)
+    found: list[Divisible] = []
+    for item in items:
+        home = model.homes.get(item.key)
+        if item.role in (STATE, BY) or item.key not in elementwise or item.key not in wanted:
+            continue
+        if home is not None and home.node == item.node:
+            found.append(Divisible(item, home, tuple(wanted[item.key])))
+    return found
+
+
+def cut_at_once(candidates: Sequence[Divisible], chosen: Sequence[int]) -> list[Held]:
     """Returns, as negative bytes, what values do not take that nobody reads whole.
 
     An elementwise result of which all readers want a part is computed in that part only, which is counted as
     its second layout.
     """
-    wanted: dict[Key, set[Layout]] = {}
-    for read in model.reads:
-        if not read.copy:
-            wanted.setdefault(read.key, set()).add(read.target.layouts[chosen[read.target.node]])
-    elementwise = made_elementwise(model)
     found: list[Held] = []
-    for item in items:
-        home = model.homes.get(item.key)
-        if item.role in (STATE, BY) or item.key not in elementwise:
-            continue
-        if home is None or home.node != item.node:
-            continue
-        have, wants = home.layouts[chosen[home.node]], wanted.get(item.key, set())
-        size = int(item.nbytes[chosen[item.node]])
-        if size and wants and all(x != have and _is_part(x, have) for x in wants):
-            found.append(Held(item.key, item.start, item.stop, -size))
+    for item, home, wanted in candidates:
+        have = home.layouts[chosen[home.node]]
+        wants = (target.layouts[chosen[target.node]] for target in wanted)
+        if all(x != have and _is_part(x, have) for x in wants) and item.nbytes[chosen[item.node]]:
+            found.append(Held(item.key, item.start, item.stop, -int(item.nbytes[chosen[item.node]])))
     return found
 
 

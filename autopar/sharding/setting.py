@@ -24,9 +24,9 @@ from autopar.sharding.fusion import fuse, mark_fused
 from autopar.sharding.grid import Grid, grid_of
 from autopar.sharding.memory import BY, Item, totals, usage
 from autopar.sharding.model import Model
-from autopar.sharding.moved import second_layouts
+from autopar.sharding.moved import moves_of, second_layouts
 from autopar.sharding.options import Options
-from autopar.sharding.parts import cut_at_once
+from autopar.sharding.parts import cut_at_once, divisible
 from autopar.sharding.region import Region
 from autopar.sharding.solving import Solved, least_peak, minimise
 from autopar.sharding.streams import charge
@@ -109,9 +109,13 @@ class Setting:
         """Returns the memory a choice takes."""
         limit = limit_of(self.options, self.mesh)
         regather = bool(self.options.regather)
-        held = second_layouts(self.region, self.model, self.grid, self.nbytes, chosen, regather)
-        parts = cut_at_once(self.model, chosen, self.items)
-        return totals(self.items, [*held, *parts], chosen, self.options.in_flight, limit)
+        key = "second", regather
+        if key not in self.known:
+            self.known[key] = moves_of(self.region, self.model, regather), divisible(self.model, self.items)
+        moves, parts = self.known[key]
+        held = second_layouts(moves, self.model, self.grid, self.nbytes, chosen)
+        held += cut_at_once(parts, chosen)
+        return totals(self.items, held, chosen, self.options.in_flight, limit)
 
 
 def limit_of(options: Options, mesh: Mesh) -> int:
