@@ -24,12 +24,13 @@ MESH = Mesh(Device("test", 1 << 34, 1e12, (("float32", 1e13),), 1e11), (Axis("x"
 OPTIONS = Options(gap=0.0, seconds=20.0, regather=False, share=False)
 
 
-def captured(widths, remat=False, tapped=False):
+def captured(widths, remat=False, tapped=False, normal=False):
     def loss(params, batch):
         x, taps = batch["x"], 0.0
         for i, p in enumerate(params):
             with jax.named_scope(f"Layer_{i}"):
-                x = x + jnp.tanh(x @ p["up"]) @ p["down"]
+                read = x * jax.lax.rsqrt(1 + jnp.mean(x * x, -1, keepdims=True)) if normal else x
+                x = x + jnp.tanh(read @ p["up"]) @ p["down"]
                 taps = taps + x
         return jnp.mean(jnp.square((taps if tapped else x) - batch["y"]))
 
@@ -114,3 +115,14 @@ def test_a_mixture_of_plans_fits_and_is_near_the_optimum_of_all_layers(setting):
     assert found.bound <= exact.objective * (1 + 1e-6)
     assert exact.bound * (1 - 1e-6) <= found.objective <= 1.02 * exact.objective
     assert found.objective < 0.93 * alike.objective, "nothing is gained here"
+
+
+def test_more_like_layers_do_not_grow_the_problem_though_each_reads_more_of_the_residual_stream():
+    counts = []
+    for depth in (12, 16):
+        graph = captured((64,) * depth, normal=True)
+        found = prepare(extract(graph, range(len(graph.equations))), MESH, DEEP)
+        costs = found.plain(0.0)
+        streaming = [(node, seconds) for (node, _), seconds in found.model.streaming.items()]
+        counts.append((len(share(costs, streaming).nodes), len(share(costs).nodes)))
+    assert counts[0][0] == counts[1][0] < counts[0][1] < counts[1][1], counts

@@ -3,9 +3,15 @@
 Two nodes are alike when their costs and choices agree and so do, four steps around, their neighbours'
 (Weisfeiler–Leman colours). In a stack of layers that makes one class of the inner layers; the first and last
 ones stay apart. The merged problem contains every plan that treats like nodes alike, and is exact for those.
+How much elementwise kernels read and write does not tell nodes apart: a compiler lets each of them add up the
+residual stream anew (`autopar.sharding.streams`), so that every layer's part is read by all that come later,
+and no two layers cost the same.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,9 +20,16 @@ from autopar.sharding.assemble import Costs, Floats, merge
 ROUNDS = 4
 
 
-def share(costs: Costs) -> Costs:
-    """Returns the costs with like nodes merged."""
-    return merge(costs, colours(costs, ROUNDS))
+def share(costs: Costs, streaming: Iterable[tuple[int, Floats]] = ()) -> Costs:
+    """Returns the costs with like nodes merged.
+
+    Args:
+        streaming: (node, seconds per choice), part of its costs that may differ between like ones.
+    """
+    nodes = list(costs.nodes)
+    for node, seconds in streaming:
+        nodes[node] = nodes[node] - seconds
+    return merge(costs, colours(replace(costs, nodes=tuple(nodes)), ROUNDS))
 
 
 def colours(costs: Costs, rounds: int) -> list[int]:
@@ -25,7 +38,7 @@ def colours(costs: Costs, rounds: int) -> list[int]:
 
     def digest(x: Floats) -> int:
         if id(x) not in memo:
-            memo[id(x)] = hash(np.round(x * 1e12).tobytes())
+            memo[id(x)] = hash((np.round(x * 1e12) + 0.0).tobytes())  # no zeros with a sign
         return memo[id(x)]
 
     usage: list[list[tuple[bool, bytes]]] = [[] for _ in costs.nodes]

@@ -85,7 +85,9 @@ class Setting:
 
     def merged(self, costs: Costs) -> Costs:
         """Returns costs of the model, like parts merged where that is worth it."""
-        return share(costs) if self.options.share and len(costs.nodes) > DEEP else costs
+        if not self.options.share or len(costs.nodes) <= DEEP:
+            return costs
+        return share(costs, ((node, seconds) for (node, _), seconds in self.model.streaming.items()))
 
     @property
     def deep(self) -> bool:
