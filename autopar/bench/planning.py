@@ -159,6 +159,8 @@ def grow_table(runs: Iterable[tuple[str, Future[Row]]]) -> list[Row]:
             live.update(Group(table(rows), f"planning {name} …"), refresh=True)
             rows.append(run.result())
         live.update(table(rows), refresh=True)
+    if not console.is_terminal:
+        console.print()  # a live table ends its last line on terminals only
     return rows
 
 
