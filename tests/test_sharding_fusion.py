@@ -27,6 +27,7 @@ from autopar.trace.gradient import value_and_grad
 MESH = Mesh(Device("test", 1 << 34, 9e11, (("float32", 1.4e13),), 1e11), (Axis("x", 4, 1e11, 5e-6),))
 SIDE = 64
 SAME = Rule((((0,), (1,)),), (((0,), (1,)),), (SIDE, SIDE))
+SUM = Rule((((0,), (1,)),), ((),), (SIDE, SIDE), reductions=(0, 1))
 BOTH = replace(SAME, operands=SAME.operands * 2)
 DOT = Rule((((0,), (1,)), ((1,), (2,))), (((0,), (2,)),), (SIDE,) * 3, reductions=(1,))
 
@@ -37,6 +38,10 @@ def unary(source: int, to: int, costly: bool = False) -> Equation:
 
 def add(a: int, b: int, to: int) -> Equation:
     return Equation("add", (a, b), (to,), BOTH, OpKind.FUSED)
+
+
+def total(source: int, to: int) -> Equation:
+    return Equation("reduce_sum", (source,), (to,), SUM, OpKind.MEMORY)
 
 
 def dot(a: int, b: int, to: int) -> Equation:
@@ -102,9 +107,10 @@ def test_a_kernel_costs_what_it_reads_and_writes_however_many_equations_it_is():
     both = _passes(unary(2, 3), add(2, 3, 4), add(4, 0, 5), last=5)
     assert both == 3.0, "the product, the batch, the sum: each once"
     assert _passes(unary(2, 3, costly=True), unary(3, 4), unary(3, 5), add(4, 5, 6), last=6) == 4.0
-
     one = _passes(add(0, 2, 3), unary(3, 4), unary(3, 5), add(4, 5, 6), last=6)
     assert one == 3.0, "a sum that several equations of one kernel read stays inside"
+    summed = (add(0, 2, 3), total(3, 4), unary(3, 5), add(5, 0, 6))
+    assert _passes(*summed, last=6) == 7.0, "what a reduction reads is written"
     two = (add(0, 2, 3), unary(3, 4, costly=True), unary(3, 5, costly=True), dot(4, 5, 6))
     assert _passes(*two, last=6) == 6.0, "two kernels each read both operands"
 
@@ -112,7 +118,8 @@ def test_a_kernel_costs_what_it_reads_and_writes_however_many_equations_it_is():
 def _passes(*chain: Equation, last: int) -> float:
     """How often elementwise kernels between two products read or write a whole matrix on one device."""
     every = (dot(0, 1, 2), *chain, dot(last, 1, last + 1))
-    values = tuple(Value((SIDE, SIDE), "float32") for _ in range(last + 2))
+    sums = {e.outputs[0] for e in chain if e.rule is SUM}
+    values = tuple(Value(() if v in sums else (SIDE, SIDE), "float32") for v in range(last + 2))
     graph = Graph(values, every, (0, 1), (last + 1,), ("0",), batch=(0,))
     setting = prepare(extract(graph, range(len(every))), MESH, Options())
     chosen = (home.layouts.index(((), ())) for home in setting.model.homes.values())

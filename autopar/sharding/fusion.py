@@ -47,12 +47,14 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], timed: bo
     """Returns which values of a model are fused into their readers.
 
     timed: for what kernels read and write, instead of for what is alive. Then who reads what is one of
-        several alternatives' reads that of each; otherwise it is written. And elementwise readers compute
-        all of a sum each for themselves; for memory it is taken to be kept, as it is where a barrier or a
-        collective reads it, too.
+        several alternatives' reads that of each; otherwise it is written. And where all readers are
+        elementwise they compute a sum each for themselves (a reduction among them has it written: the
+        residual stream is not added up anew by every layer); for memory it is taken to be kept, as it is
+        where a barrier or a collective reads it, too.
     """
     found = Fusion()
     hungry = {step.tick for step in model.steps if not fuses(step)}
+    reducing = {step.tick for step in model.steps if kind_of(step.equation) is OpKind.MEMORY}
     steps = {step.tick for step in model.steps}
     leaving = {((), v) for v in (*region.leaving, *(v for v, _ in region.ties))}
     read = {key: {tick for tick, _ in uses} for key, uses in model.uses.items()}
@@ -73,7 +75,7 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], timed: bo
             kernels = {kernel for tick in ticks for kernel in inside.get(tick, {tick})}
             big = _big(step, model, nbytes, nbytes(model.value(key)))
             several = max(_readers(model, ticks), _readers(model, kernels)) > 1
-            apart = not timed or any(t in hungry or t not in steps for t in ticks)
+            apart = not timed or any(t in hungry or t in reducing or t not in steps for t in ticks)
             if several and (step.equation.costly or (len(big) > 1 and apart)):
                 continue
             found.sources[key] = big
