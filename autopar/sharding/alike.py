@@ -3,9 +3,9 @@
 Two nodes are alike when their costs and choices agree and so do, four steps around, their neighbours'
 (Weisfeiler–Leman colours). In a stack of layers that makes one class of the inner layers; the first and last
 ones stay apart. The merged problem contains every plan that treats like nodes alike, and is exact for those.
-How much elementwise kernels read and write does not tell nodes apart: a compiler lets each of them add up the
-residual stream anew (`autopar.sharding.streams`), so that every layer's part is read by all that come later,
-and no two layers cost the same.
+How much elementwise kernels read and write does not tell nodes apart: where kernels compute sums of sums each
+for themselves (`autopar.sharding.streams`), what comes early is read by all that come later, and no two
+layers cost the same.
 """
 
 from __future__ import annotations
