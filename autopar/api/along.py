@@ -86,18 +86,17 @@ def _evaluating(traced: Traced, other: Made, cluster: Cluster) -> Made:
 def _creating(traced: Traced, other: Made, cluster: Cluster) -> Made:
     """Each part of the state on the stage that holds it; what no stage holds (a split key) is computed
     wherever it is read."""
-    held = following.results(traced.graph, other)
-    homes = {u: s for s, each in reversed([*enumerate(other.plan.stages)]) for u in each.sharding.layout}
-    graph = _by_home(
-        traced.graph, {v: homes[u] for v, u in held.items() if u in homes}, len(other.plan.stages)
-    )
-    count = range(len(other.plan.stages))
-    segments = stages.cut(graph, tuple(count))
+    held, theirs = following.results(traced.graph, other), other.plan.stages
+    homes = {u: s for s in reversed(range(len(theirs))) for u in theirs[s].sharding.layout}
+    home = {v: homes[u] for v, u in held.items() if u in homes}
+    graph = _by_home(traced.graph, home, len(theirs))
+    segments = stages.cut(graph, tuple(range(len(theirs))))
     pins = [
-        tuple((v, each.sharding.layout[u]) for v, u in held.items() if homes.get(u) == s)
-        for s, each in enumerate(other.plan.stages)
+        tuple((v, each.sharding.layout[held[v]]) for v, at in home.items() if at == s)
+        for s, each in enumerate(theirs)
     ]
-    return _made(replace(traced, graph=graph), other, cluster, [(s, s + 1) for s in count], segments, pins)
+    runs = [(s, s + 1) for s in range(len(theirs))]
+    return _made(replace(traced, graph=graph), other, cluster, runs, segments, pins)
 
 
 def _by_home(graph: Graph, home: dict[int, int], count: int) -> Graph:
