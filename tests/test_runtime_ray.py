@@ -268,6 +268,28 @@ def test_devices_that_the_cluster_lacks(cluster):
         load(plan, program_of(plan), traced, Ray(platform="cpu"))
 
 
+def test_small_stages_leave_the_large_node_to_the_large_stage(cluster):
+    """Placed one by one, the second worker went where four devices are, and the third found no such node."""
+    traced = perceptron_plan()[1]
+    names = ("small", "also small", "large")
+    with start(placed(make_plan(traced, (mesh(2), mesh(2), mesh(4))), names), traced) as exe:
+        assert len(set(exe.session.pids)) == 3
+
+
+def test_a_stage_that_no_node_is_large_enough_for(cluster, monkeypatch):
+    from autopar.runtime.ray_backend import nodes
+
+    monkeypatch.setattr(nodes, "START", 0.2)
+    plan, traced = perceptron_plan()
+    stages = [
+        dataclasses.replace(stage, sharding=dataclasses.replace(stage.sharding, mesh=mesh(*sizes)))
+        for stage, sizes in zip(plan.stages, ((5, 1), (1,)), strict=True)  # the cluster has 4 + 2
+    ]
+    plan = dataclasses.replace(plan, stages=tuple(stages))
+    with pytest.raises(BackendError, match=r"stage 0: 5 × slow; .*, each on one node.*in all: \d+ × slow"):
+        load(plan, program_of(plan), traced, Ray(platform="cpu"))
+
+
 def test_a_stage_across_nodes_is_refused():
     plan, traced = perceptron_plan()
     wide = dataclasses.replace(plan.stages[1], devices=(("a", 0), ("b", 0)))

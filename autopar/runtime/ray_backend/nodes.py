@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autopar.core.errors import BackendError
+from autopar.core.mesh import Mesh
 from autopar.core.plan import Plan
 from autopar.runtime.ray_backend.emulated import LOOPBACK, Emulated
 
@@ -29,6 +29,9 @@ CONNECT = 5.0
 
 SETTLE = 2.0
 """Seconds after which devices that a closed session had are free again."""
+
+START = 120.0
+"""Seconds in which devices for all stages are found, and then all workers have started."""
 
 
 @dataclass
@@ -72,6 +75,7 @@ class Nodes:
     def __init__(self, plan: Plan, address: str | None, emulate: bool):
         self.ray, self._needs = import_ray(), needs(plan)
         self._address, self._emulate, self._open = address, emulate, True
+        self._group: Any = None
         _SHARED.users += 1
         try:
             if emulate and _SHARED.emulated is None and not self.ray.is_initialized():
@@ -103,8 +107,8 @@ class Nodes:
                     f"{self._address} is not the Ray cluster that this process is connected to ({here}); it "
                     "can be connected to one only: call ray.shutdown() first"
                 )
-            elif self._emulate and _SHARED.emulated is not None:
-                self._extend(_SHARED.emulated)
+            elif self.emulated and _short(_total(self._needs), self.ray.cluster_resources()):
+                self._extend()
         except (OSError, RuntimeError, ValueError) as error:
             raise BackendError(
                 f"no Ray cluster at {address} ({_first_line(error)}); start one with `ray start --head` and "
@@ -123,17 +127,40 @@ class Nodes:
         _SHARED.connected = True
         _print_raylets(False)
 
-    def _extend(self, cluster: Emulated) -> None:
-        """Adds nodes to an emulated cluster whose own are taken by other sessions."""
-        wanted = _total(self._needs)
-        end = time.monotonic() + SETTLE
-        while short := _short(wanted, self.ray.available_resources()):
-            if time.monotonic() > end:
-                lacking = [kinds for kinds in self._needs.values() if kinds.keys() & short.keys()]
-                cluster.ask(lacking)
-                cluster.address()
-                return
-            time.sleep(0.05)
+    def reserve(self, plan: Plan, gpus: bool) -> list[Any]:
+        """Returns where the worker of each stage is to be scheduled: all stages find devices, or none does.
+
+        Workers that Ray places one by one can keep each other out: one that needs two devices may go where
+        four are, and leave no node for the one that needs four.
+
+        Args:
+            gpus: whether devices are Ray's own GPUs too.
+
+        Raises:
+            BackendError: no devices are free within `START` seconds.
+        """
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        wanted = [demand(stage.mesh, gpus) for stage in plan.stages]
+        self._group = group = placement_group(wanted, strategy="PACK")
+        if self.emulated and not group.wait(SETTLE):  # its nodes are other sessions'
+            self._extend()
+        if not group.wait(START):
+            each = "; ".join(f"stage {s}: {_listed(one)}" for s, one in enumerate(wanted))
+            offered = self.ray.available_resources()
+            free = _listed({kind: offered.get(kind, 0) for one in wanted for kind in one})
+            raise BackendError(
+                f"no nodes had devices free for all stages within {START:g} s ({each}, each on one node); "
+                f"are they taken by others? Free in all: {free}"
+            )
+        return [PlacementGroupSchedulingStrategy(group, s) for s in range(len(wanted))]
+
+    def _extend(self) -> None:
+        """Adds nodes to the emulated cluster."""
+        assert _SHARED.emulated is not None
+        _SHARED.emulated.ask(list(self._needs.values()))
+        _SHARED.emulated.address()
 
     def _check(self) -> None:
         offered = self.ray.cluster_resources()
@@ -152,6 +179,7 @@ class Nodes:
         if not self._open:
             return
         self._open = False
+        self._release()
         _SHARED.users -= 1
         if _SHARED.users:
             return
@@ -162,6 +190,24 @@ class Nodes:
         if _SHARED.emulated is not None:
             _SHARED.emulated.close()
         _SHARED.connected, _SHARED.emulated = False, None
+
+    def _release(self) -> None:
+        group, self._group = self._group, None
+        if group is not None and self.ray.is_initialized():
+            from ray.util.placement_group import remove_placement_group
+
+            with contextlib.suppress(Exception):
+                remove_placement_group(group)
+
+
+def demand(mesh: Mesh, gpus: bool) -> dict[str, float]:
+    """Returns the Ray resources that a stage's worker takes: its devices by their kind, and as GPUs."""
+    devices = float(mesh.size)
+    return {mesh.device.name: devices} | ({"GPU": devices} if gpus else {})
+
+
+def _listed(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{n:g} × {kind}" for kind, n in resources.items())
 
 
 def _total(nodes: Mapping[str, Counter[str]]) -> Counter[str]:

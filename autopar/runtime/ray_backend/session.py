@@ -24,7 +24,7 @@ from autopar.runtime import layout
 from autopar.runtime.backend import Fetch, StageMemory
 from autopar.runtime.fill import Fillers
 from autopar.runtime.inprocess import constants, stage_memory, stage_name
-from autopar.runtime.ray_backend.nodes import Nodes
+from autopar.runtime.ray_backend.nodes import START, Nodes, demand
 from autopar.runtime.ray_backend.shipment import Shipment, shipments
 from autopar.runtime.ray_backend.worker import Answer, Setting, StageWorker
 
@@ -34,9 +34,6 @@ Call = Any
 
 GRACE = 5.0
 """Seconds in which all workers have said why they stopped, once one has failed."""
-
-START = 120.0
-"""Seconds in which all workers have started."""
 
 LOADING = 3600.0
 """Seconds in which a worker has read its part of the weights."""
@@ -105,15 +102,13 @@ class RaySession:
 
     def _create(self, platform: str, cache: str | None) -> None:
         secret, actor = secrets.token_bytes(32), self._ray.remote(StageWorker)
-        for s, stage in enumerate(self.plan.stages):
-            devices = stage.mesh.size
-            setting = Setting(s, devices, platform, secret, self._timeout, cache)
-            options = actor.options(
-                max_restarts=0,
-                num_cpus=0,
-                num_gpus=devices if platform == "cuda" else 0,
-                resources={stage.mesh.device.name: devices},
-            )
+        gpus = platform == "cuda"
+        places = self._nodes.reserve(self.plan, gpus)
+        for s, (stage, place) in enumerate(zip(self.plan.stages, places, strict=True)):
+            wanted = demand(stage.mesh, gpus)
+            taken = {"num_gpus": wanted.pop("GPU", 0), "resources": wanted}
+            options = actor.options(max_restarts=0, num_cpus=0, scheduling_strategy=place, **taken)
+            setting = Setting(s, stage.mesh.size, platform, secret, self._timeout, cache)
             self._workers.append(options.remote(setting))
 
     def _started(self, stage: int, call: Call) -> tuple[tuple[str, int], int]:
@@ -122,8 +117,8 @@ class RaySession:
             return self._ray.get(call, timeout=START)
         except errors.GetTimeoutError:
             raise BackendError(
-                f"the worker of stage {stage} did not start within {START:g} s; are its devices taken by "
-                f"others? Free now: {self._ray.available_resources()}"
+                f"the worker of stage {stage} did not start within {START:g} s, though its devices were "
+                "free; Ray's logs on its node say why"
             ) from None
         except errors.RayError as error:
             raise BackendError(f"the worker of stage {stage} did not start: {_brief(error)}") from None
