@@ -19,8 +19,9 @@ class Ray:
     """A backend that runs every stage in a process of its own on a Ray cluster.
 
     A node offers its devices as a custom resource that is called as their kind:
-    `ray start --resources='{"T4": 4}'`. Workers of all stages get their devices at once, or none does. They need
-    autopar installed, and nothing of the user's code. They send each other tensors over TCP, on their nodes' addresses; connections are authenticated, not encrypted.
+    `ray start --resources='{"T4": 4}'`. Workers of all stages get their devices at once, or none does. They
+    need autopar installed, and nothing of the user's code. They send each other tensors over TCP, on their
+    nodes' addresses; connections are authenticated, not encrypted.
 
     Attributes:
         address: of a running cluster; None: the one this process or machine belongs to.
