@@ -45,7 +45,8 @@ class Reader:
         self.region, self.model, self.grid, self.nbytes, self.chosen = region, model, grid, nbytes, chosen
         self.regather = regather
         self.out = Outcome()
-        self.moved: set[tuple[Key, Layout, str]] = set()
+        self.moved: set[tuple[Key, Layout, Layout, str]] = set()  # value, from, to, program
+        self.wanted: set[tuple[Key, Layout, str]] = set()
 
     def at(self, home: Home) -> Layout:
         """Returns the layout a home has under the choice."""
@@ -118,18 +119,24 @@ class Reader:
     def _move(
         self, key: Key, have: Layout, want: Layout, phase: Phase, times: int, fused: bool = False
     ) -> None:
-        """Counts a change of layout, the first time it happens in a program."""
+        """Counts a change of layout, the first time it happens in a program; of several that begin with the
+        same moves a compiler makes these once."""
         group = moved_for(self.region, self.regather, key, phase)
-        if have == want or (key, want, group) in self.moved:
+        if have == want or (key, want, group) in self.wanted:
             return
-        self.moved.add((key, want, group))
+        self.wanted.add((key, want, group))
         value = self.model.value(key)
         size = self.nbytes(value)
         table = table_for(value.shape, self.grid)
-        self.out.seconds[phase] += times * size * table.ordering(have, table.chain(have, want))
+        chain = table.chain(have, want)
         if fused:
-            self.out.seconds[phase] += times * size * table.apart(have, table.chain(have, want))
-        for move in table.chain(have, want):
+            self.out.seconds[phase] += times * size * table.apart(have, chain)
+        for before, move in zip((have, *(move.after for move in chain)), chain, strict=False):
+            hop = key, before, move.after, group
+            if hop in self.moved:
+                continue
+            self.moved.add(hop)
+            self.out.seconds[phase] += times * size * table.ordering(before, (move,))
             if move.kind != SLICE and size:
                 price = collective(self.grid, move.kind, move.axes)
                 local = size * move.share
