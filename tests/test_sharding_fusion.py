@@ -142,14 +142,19 @@ def test_what_only_the_caller_waits_for_comes_last():
     assert not spans.late and spans.of(((), 2)) == (1, 4, False)
 
 
-@pytest.mark.parametrize("sizes", [("mlp", {}), ("gpt-tiny", {"layers": 2, "sequence": 64, "hidden": 128})])
+GPT = {"layers": 2, "sequence": 64, "hidden": 128}
+SCANNED = {"layers": 4, "sequence": 32, "hidden": 256, "scan_layers": True}
+"""Its weights are gathered before the loops, and stay so until the backward's ends."""
+
+
+@pytest.mark.parametrize("sizes", [("mlp", {}), ("gpt-tiny", GPT), ("gpt-tiny", SCANNED)])
 def test_the_predicted_peak_is_near_the_compiled_programs(sizes: tuple[str, dict[str, int]]):
     """XLA orders kernels by itself, so that some results live longer than the equations' order says."""
     name, more = sizes
     model = catalog.get(name, batch=64, value_and_grad=value_and_grad, **more)
-    traced = capture(model.step, model.args)
+    traced = capture(model.step, model.args, layer_scans=False)
     found = plan(traced.graph, range(len(traced.graph.equations)), MESH)
     low = lower(traced, step_segment(traced.graph), found, jax_mesh(MESH, jax.devices()[:4]))
     donated = tuple(sorted({i for _, i in traced.graph.aliases}))
     ready = Compiled(low, donated).jitted.lower(*low.inputs)  # type: ignore[attr-defined]
-    assert found.memory.peak == pytest.approx(peak_bytes(ready.compile(compiler_options=STRUCTURE)), rel=0.15)
+    assert found.memory.peak == pytest.approx(peak_bytes(ready.compile(compiler_options=STRUCTURE)), rel=0.1)

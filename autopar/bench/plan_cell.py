@@ -42,8 +42,7 @@ STRUCTURE = {
     "xla_disable_hlo_passes": "cpu-all-reduce-combiner,cse_barrier_expander,convolution-canonicalization",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}
+} | ({"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {})
 """How programs are compiled to be read: collectives apart, the schedule that needs least memory, barriers
 kept until that is made, convolutions as they are written (not transposed for kernels of CPUs), and machine
 code in a hurry. Otherwise the instructions are those of a full compilation."""

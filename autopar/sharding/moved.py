@@ -12,7 +12,7 @@ from typing import NamedTuple
 from autopar.core.graph import Value
 from autopar.sharding.copies import moved_for
 from autopar.sharding.grid import Grid, Layout
-from autopar.sharding.model import Home, Key, Model, Step
+from autopar.sharding.model import Home, Key, Model, Path, Site, Step
 from autopar.sharding.region import Region
 
 
@@ -29,26 +29,51 @@ class Moves(NamedTuple):
     """What may be held in a second layout, depending on what is chosen.
 
     Attributes:
-        reads: value, where it lies, how a reader wants it, the reader's tick, and who shares the move.
+        reads: value, where it lies, how a reader wants it, from which tick to which, and who shares the move.
         sums: operations that may leave partial sums.
     """
 
-    reads: tuple[tuple[Key, Home, Home, int, str], ...]
+    reads: tuple[tuple[Key, Home, Home, int, int, str], ...]
     sums: tuple[Step, ...]
 
 
 def moves_of(region: Region, model: Model, regather: bool) -> Moves:
     """Returns the moves that a model knows of."""
-    ticks = {(step.path, step.index): step.tick for step in model.steps}
-    reads: list[tuple[Key, Home, Home, int, str]] = []
+    spans = _spans(model)
+    reads: list[tuple[Key, Home, Home, int, int, str]] = []
     for read in model.reads:
-        tick = None if read.site is None else ticks.get(read.site[:2])
-        if tick is None or read.tie or read.copy or read.lazy or read.key not in model.homes:
+        span = None if read.site is None else spans(read.site)
+        if span is None or read.tie or read.copy or read.lazy or read.key not in model.homes:
             continue
         group = moved_for(region, regather, read.key, read.phase)
-        reads.append((read.key, model.homes[read.key], read.target, tick, group))
+        reads.append((read.key, model.homes[read.key], read.target, *span, group))
     sums = (step for step in model.steps if any(beside.any() for beside in step.ways.resolving))
     return Moves(tuple(reads), tuple(sums))
+
+
+def _spans(model: Model) -> Callable[[Site], tuple[int, int] | None]:
+    """Returns in which ticks, first and last, an operand is read: a loop reads its constants and what it
+    slices as long as it runs, what it carries when it begins."""
+    ticks = {(step.path, step.index): (step.tick, step.tick) for step in model.steps}
+    carries: dict[tuple[Path, int], range] = {}
+    for step in model.steps:
+        for depth in range(len(step.path)):
+            site = step.path[:depth], step.path[depth]
+            first, last = ticks.get(site, (step.tick, step.tick))
+            ticks[site] = min(first, step.tick), max(last, step.tick)
+    for path in model.scopes:
+        if path:
+            loop = model.scopes[path[:-1]].equations[path[-1]].loop
+            assert loop is not None
+            carries[path[:-1], path[-1]] = range(loop.consts, loop.consts + loop.carries)
+
+    def of(site: Site) -> tuple[int, int] | None:
+        path, index, operand = site
+        span = ticks.get((path, index))
+        begins = operand in carries.get((path, index), ())
+        return (span[0], span[0]) if span and begins else span
+
+    return of
 
 
 def second_layouts(
@@ -65,11 +90,11 @@ def second_layouts(
         return -(-nbytes(model.value(key)) // grid.shards(layout))
 
     spans: dict[tuple[Key, Layout, str], tuple[int, int]] = {}
-    for key, home, target, tick, group in moves.reads:
+    for key, home, target, start, stop, group in moves.reads:
         want = target.layouts[chosen[target.node]]
         if want != home.layouts[chosen[home.node]]:
-            first, last = spans.get((key, want, group), (tick, tick))
-            spans[key, want, group] = min(first, tick), max(last, tick)
+            first, last = spans.get((key, want, group), (start, stop))
+            spans[key, want, group] = min(first, start), max(last, stop)
     found = [Held(key, a, b + 1, size(key, layout)) for (key, layout, _), (a, b) in spans.items()]
     for step in moves.sums:
         way = step.ways[chosen[step.node]]

@@ -128,6 +128,7 @@ def inline(
     *,
     keep: frozenset[str] = frozenset(),
     stack: Any = None,
+    caller: JaxprEqn | None = None,
 ) -> list[Atom]:
     """Returns the atoms of the results of `closed` applied to `args`, its equations appended to `builder`.
 
@@ -137,22 +138,25 @@ def inline(
         args: one atom per input.
         keep: names of call primitives to leave whole.
         stack: name stack of the place it is called from.
+        caller: the equation there; its line is that of equations which no line of the user's made, such as
+            those of a library's function that had been traced before.
     """
     env: dict[Var, Atom] = dict(zip(closed.jaxpr.invars, args))
     for v, value in zip(closed.jaxpr.constvars, closed.consts):
         env[v] = value if isinstance(value, Var) else builder.constant(v.aval, value)
     for equation in closed.jaxpr.eqns:
         operands = [_read(env, a) for a in equation.invars]
+        known = equation if caller is None or compat.line_of(equation) else caller
         names = equation.source_info.name_stack if stack is None else stack + equation.source_info.name_stack
         inner = None if equation.primitive.name in keep else compat.called(equation)
         if inner is None:
             results: Sequence[Atom] = [compat.variable(v.aval) for v in equation.outvars]
-            source = equation.source_info.replace(name_stack=names)
+            source = known.source_info.replace(name_stack=names)
             builder.add(equation.replace(invars=operands, outvars=results, source_info=source), mark)
         else:
             if compat.is_recomputation(equation):
                 operands = [_barrier(builder, a, equation, names, mark) for a in operands]
-            results = inline(builder, inner, operands, mark, keep=keep, stack=names)
+            results = inline(builder, inner, operands, mark, keep=keep, stack=names, caller=known)
         env.update(zip(equation.outvars, results))
     return [_read(env, a) for a in closed.jaxpr.outvars]
 
