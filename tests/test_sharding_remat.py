@@ -1,5 +1,6 @@
 """What layers recompute, chosen in the integer program: as if every assignment were planned apart."""
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from autopar import value_and_grad
 from autopar.core.errors import DoesNotFit
@@ -137,3 +140,50 @@ def test_many_layers():
         assert found.plan.memory.peak <= limit
         # nearly equal layers: the first one's input is written anyway
         assert found.plan.objective <= plans[n].objective * 1.01
+
+
+OPERATIONS = (
+    jnp.tanh,
+    jnp.exp,
+    jnp.square,
+    jax.nn.relu,
+    jax.nn.softmax,
+    lambda x: x / (1 + jnp.exp(x)),
+    lambda x: x * jax.lax.rsqrt(1 + jnp.mean(x * x, -1, keepdims=True)),
+)
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(OPERATIONS), max_size=3), min_size=4, max_size=4),
+    st.booleans(),
+    st.sampled_from((1, 2)),
+)
+def test_computing_again_takes_time_whatever_it_saves(operations, residual, devices):
+    """So that the plan in which nothing is computed again, were there memory enough, bounds all others."""
+
+    def made(params, batch):
+        def deep(params):
+            x = batch["x"]
+            for i, p in enumerate(params):
+                with jax.named_scope(f"Layer_{i}"):
+                    y = functools.reduce(lambda y, f: f(y), operations[2 * i], x) @ p["up"]
+                    y = functools.reduce(lambda y, f: f(y), operations[2 * i + 1], y) @ p["down"]
+                    x = x + y if residual else y
+            return jnp.mean(jnp.square(x - batch["y"]))
+
+        value, gradient = value_and_grad(deep)(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), value
+
+    params = [{"up": shape(32, 64), "down": shape(64, 32)} for _ in range(2)]
+    every = capture(made, (params, {n: shape(512, 32) for n in "xy"}), assign=assign, remat=EVERY).graph
+    options = replace(OPTIONS, limit=remat.UNLIMITED)
+    seconds = {
+        w: intra.plan(g, everything(g), mesh(devices), options).objective for w, g in each(every).items()
+    }
+    kept = tuple(Remat.NONE if Remat.NONE in remats else remats[0] for remats in choosing(every).values())
+    assert min(seconds.values()) >= seconds[kept] * (1 - 1e-6)
+
+
+def shape(*dims):
+    return jax.ShapeDtypeStruct(dims, "float32")

@@ -23,7 +23,7 @@ from autopar.api.methods import (
 )
 from autopar.api.tracing import Tracer
 from autopar.cluster import Cluster, MeshChoice, shaped, submeshes
-from autopar.core.errors import BadInput, DoesNotFit, UnknownName
+from autopar.core.errors import BadInput, DoesNotFit, PlanError, UnknownName
 from autopar.core.graph import Remat
 from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
@@ -34,6 +34,13 @@ from autopar.sharding.restrict import choosing
 from autopar.stages.offers import Offer
 from autopar.trace.either import Remats
 from autopar.trace.traced import Traced
+
+WORTHWHILE = 0.01
+"""How much less time has to be possible, as far as is known, for a better plan to be looked for among what
+layers may compute again."""
+
+MUCH = 4.0
+"""Times the price of computing again that a byte has to cost before nothing else is tried."""
 
 OneStage: TypeAlias = ShardParallel | Manual | Follow | CreateState
 
@@ -60,13 +67,19 @@ def one_stage(tracer: Tracer, cluster: Cluster, method: OneStage, say: Say) -> M
     said = False if isinstance(method, Follow | CreateState) else remat_of(method.remat)
     choices = _meshes(cluster, method)
     say("tracing")
+    tried: list[Made] = []
+    if said is None and work.differentiates:
+        early = [work.alike(choice, tried) for choice in choices]
+        if all(early):
+            return min((made for made in early if made), key=_time)
     best, refused = work.fastest(choices, False if said is None else said)
     if said is None and work.differentiates:
         short = choices if best is None else tuple(c for c in choices if _is_short(best, c))
         other, reason = work.recomputing(short)
         both = [x for x in (best, other) if x is not None]
-        best = min(both, key=_time, default=None)
-        best = best and _bounded(best, min(x.plan.stages[0].sharding.bound for x in both))
+        bound = min((x.plan.stages[0].sharding.bound for x in both), default=0.0)
+        best = min([*both, *tried], key=_time, default=None)
+        best = best and _bounded(best, bound)
         refused = reason or refused
     if best is None:
         assert refused is not None
@@ -120,6 +133,52 @@ class _Work:
         found = stages.plan(traced.graph, self.cluster, _unpriced, shard, options)
         return Made(timed(found, self.cluster, remat, self.tracer.layer_scans), traced)
 
+    def alike(self, choice: MeshChoice, tried: list[Made]) -> Made | None:
+        """Returns the plan in which all layers compute the same again, where that is as good as any: it takes
+        hardly longer than a plan that needs not fit, or memory is dearer than computing anything again. None
+        where nothing has to be computed again, or what has to be is not known so easily.
+
+        Args:
+            tried: the plan is added if it fits.
+        """
+        self.tracer.layer_scans = False
+        kept = self.tracer(self.micro, False)
+        if any(e.loop is not None for e in kept.graph.equations):  # cut into layers, they are other steps
+            return None
+        free = self._free(kept, choice)
+        if free is None or free.memory.peak <= free.memory.limit:
+            return None
+        half = free.memory.state + free.memory.activations // 2
+        remat = Remat.PRODUCTS if half <= choice.mesh.device.memory else Remat.FULL
+        self.tracer.layer_scans = True
+        traced = self.tracer(self.micro, remat)
+        self.say(f"sharding over {choice.mesh}, recomputing {layers.WORDS[remat]}")
+        try:
+            found = self._planned(traced, choice, remat)
+        except DoesNotFit:
+            return None
+        own: ShardingPlan = found.plan.stages[0].sharding
+        unlimited = self._free(traced, choice) or own
+        again = max(0.0, unlimited.objective - free.objective)
+        words = f"{layers.WORDS[remat]} in every layer ({1e3 * again:.3g} ms)"
+        note = f"memory is short; recomputed in the backward pass: {words}"
+        found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, note)))
+        tried.append(_bounded(found, free.bound))
+        near = own.objective <= (1 + WORTHWHILE) * free.bound
+        dear = remat is Remat.FULL and _dear(own, unlimited, free)
+        return tried[-1] if near or dear else None
+
+    def _free(self, traced: Traced, choice: MeshChoice) -> ShardingPlan | None:
+        """The fastest plan whatever memory it needs."""
+        graph, mesh = traced.graph, choice.mesh
+        options = stage_options(graph, mesh, _fixed(self.method, traced, mesh))
+        options = replace(options, limit=layers.UNLIMITED, regather=False)
+        try:
+            found = intra.plan(graph, range(len(graph.equations)), mesh, options)
+        except PlanError:
+            return None
+        return replace(found, memory=replace(found.memory, limit=mesh.device.memory))
+
     def recomputing(self, choices: tuple[MeshChoice, ...]) -> tuple[Made | None, DoesNotFit | None]:
         """Returns the fastest plan in which layers compute again what pays, or why there is none."""
         best: Made | None = None
@@ -153,6 +212,21 @@ def _bounded(made: Made, bound: float) -> Made:
     (stage,) = made.plan.stages
     sharding = replace(stage.sharding, bound=min(stage.sharding.bound, bound))
     return replace(made, plan=replace(made.plan, stages=(replace(stage, sharding=sharding),)))
+
+
+def _dear(own: ShardingPlan, unlimited: ShardingPlan, kept: ShardingPlan) -> bool:
+    """Whether a byte costs much more than to compute again what it holds.
+
+    Args:
+        own: the plan that fits, everything computed again. unlimited: the same if memory did not matter.
+        kept: nothing computed again, if memory did not matter.
+    """
+    over = unlimited.memory.peak - own.memory.limit
+    freed = kept.memory.peak - unlimited.memory.peak
+    if over <= 0 or freed <= 0:
+        return False
+    byte = (own.objective - unlimited.objective) / over
+    return byte > MUCH * max(0.0, unlimited.objective - kept.objective) / freed
 
 
 def _check_names(remat: Remats, traced: Traced) -> None:

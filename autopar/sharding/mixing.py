@@ -34,6 +34,13 @@ LEAN = 1e-6
 NEAR = 1e-4
 """Prices are refined until a plan is this near the line between the two that are known."""
 
+CLOSE = 1e-3
+"""A plan that fits and is proven to be this near the best is not improved."""
+
+SLIGHT, FIRST, STEEPER = 0.25, 1e-4, 30.0
+"""Where the fastest plan exceeds the limit by less than the first share, prices begin low: the excess costs
+the second share of the time. How they rise until a plan fits."""
+
 ROUNDS = 8
 """Prices tried at most; the hull has few corners near the limit."""
 
@@ -89,7 +96,8 @@ class Mixer:
         found = [self._between(free, free)]
         lean = found[0].chosen
         worst = self._timeline(free).argmax()
-        if self.thorough and lean is not None and self._timeline(lean).argmax() != worst:
+        near = found[0].objective * (1 - CLOSE) <= found[0].bound
+        if self.thorough and not near and lean is not None and self._timeline(lean).argmax() != worst:
             found.append(self._between(free, lean))  # another time binds
         best = min(found, key=lambda each: each.objective)
         return replace(best, bound=max(each.bound for each in found))
@@ -98,11 +106,11 @@ class Mixer:
         """Returns the best mixture at prices of what is alive when the choice `worst` needs most."""
         weights = self._weights(int(self._timeline(worst).argmax()))
         fast = self._point(free, weights)
-        lean, bound = self._at(LEAN, weights)
-        if lean is None or self.peak(lean.chosen) > self.limit:
+        fast, lean, bound = self._fitting(fast, weights)
+        if lean is None:
             return NONE_FITS
         for _ in range(ROUNDS):
-            if fast.nbytes <= lean.nbytes:
+            if fast.nbytes <= lean.nbytes or lean.seconds * (1 - CLOSE) <= bound:
                 break
             price = max(0.0, lean.seconds - fast.seconds) / (fast.nbytes - lean.nbytes)
             found, below = self._at(price, weights)
@@ -116,6 +124,23 @@ class Mixer:
                 fast = found
         best = min(self._mixtures(fast.chosen, lean.chosen), key=self._seconds)
         return Solved(best, self._seconds(best), bound, "feasible")
+
+    def _fitting(self, fast: Point, weights: Sequence[Floats]) -> tuple[Point, Point | None, float]:
+        """Returns the last plan that does not fit and the first that does, as the price of bytes rises, and
+        seconds that no plan that fits goes below. fast: the best one without a price."""
+        over, price, bound = self.peak(fast.chosen) / self.limit - 1, LEAN, -math.inf
+        if over < SLIGHT:
+            price = FIRST * fast.seconds / (max(over, NEAR) * self.limit)
+        while True:
+            price = min(price, LEAN)
+            found, below = self._at(price, weights)
+            bound = max(bound, below)
+            if found is not None and self.peak(found.chosen) <= self.limit:
+                return fast, found, bound
+            if price == LEAN:
+                return fast, None, bound
+            fast = found or fast
+            price *= STEEPER
 
     @functools.cached_property
     def _alive(self) -> tuple[npt.NDArray[np.int64], ...]:

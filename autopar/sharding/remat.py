@@ -49,7 +49,7 @@ COARSE = 24
 """How many layers compute more is found out to the length of the path over this."""
 
 SECONDS = 30.0
-"""Time after which the best assignment found so far is returned."""
+"""Processor time after which the best assignment found so far is returned."""
 
 UNLIMITED = 1 << 60
 """Bytes that no plan needs."""
@@ -129,7 +129,7 @@ class Search:
     options: Options
     visited: dict[Taken, ShardingPlan | DoesNotFit] = field(default_factory=dict)
     best: Taken | None = None
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.process_time)
 
     def __post_init__(self) -> None:
         self.layers = choosing(self.graph)
@@ -286,8 +286,10 @@ class Search:
 
     def bound(self, joint: Solved | None) -> float:
         """Returns seconds that no assignment that fits goes below; 0 if not known."""
-        if not self.few:
-            return max(0.0, joint.bound) if joint is not None and math.isfinite(joint.bound) else 0.0
+        if not self.few:  # computing again takes time, whatever it saves
+            kept = tuple(Remat.NONE if Remat.NONE in remats else remats[0] for remats in self.layers.values())
+            known = joint.bound if joint is not None and math.isfinite(joint.bound) else 0.0
+            return max(known, self.fastest(kept))
         return min(map(self._at_least, itertools.product(*self.layers.values())))
 
     def _at_least(self, taken: Taken) -> float:
@@ -298,7 +300,7 @@ class Search:
 
     def late(self) -> bool:
         """Whether time is up and there is something to return."""
-        return self.best is not None and time.monotonic() - self.began > SECONDS
+        return self.best is not None and time.process_time() - self.began > SECONDS
 
     def failure(self, proven: bool) -> DoesNotFit:
         """Returns the error when nothing fits, with what the assignment says that takes least."""

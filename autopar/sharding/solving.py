@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -30,7 +31,10 @@ class Solved:
 
 
 def minimise(costs: Costs, limit: int | None, seconds: float, gap: float) -> Solved:
-    """Returns the best choice per node within `limit` bytes at every tick (None: no limit)."""
+    """Returns the best choice per node within `limit` bytes at every tick (None: no limit).
+
+    seconds: of the processor, so that a plan does not depend on what else the machine does.
+    """
     unit = unit_of(costs)
     edges = [(pair, matrix) for pair, matrix in costs.edges.items() if matrix.any()]
     problem = ChoiceProblem.build(
@@ -41,7 +45,7 @@ def minimise(costs: Costs, limit: int | None, seconds: float, gap: float) -> Sol
         limit,
     )
     with section("solve"):
-        found = solve(problem, seconds=seconds, gap=gap, workers=1)
+        found = solve(problem, seconds=seconds, gap=gap, workers=1, clock=time.process_time)
     if found.index is None or found.objective is None:
         return Solved(None, math.inf, math.inf, found.status)
     chosen = tuple(int(found.index[c]) for c in costs.classes)

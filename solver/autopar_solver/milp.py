@@ -24,6 +24,9 @@ from autopar_solver.problem import IntArray
 
 ROWS_AT_ONCE = 15
 COARSE = 1e-7
+SLOWER = 3.0
+"""HiGHS knows the clock on the wall only: so much slower may it be than the caller's, which is looked at where
+HiGHS can be interrupted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +164,10 @@ class Exact:
         on_choice: Callable[[IntArray], None] | None = None,
         on_bound: Callable[[float], None] | None = None,
         upper: Callable[[], float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.c, self.seed, self.gap = c, seed, gap
-        self.end = time.monotonic() + seconds
+        self.clock, self.end = clock, clock() + seconds
         self.on_choice, self.on_bound, self.upper = on_choice, on_bound, upper
         self.stopped = threading.Event()
         self.bound = -math.inf
@@ -200,7 +204,7 @@ class Exact:
             self.h.changeColsCost(len(columns), columns, self.model.cost / scale)
 
     def _left(self) -> float:
-        return 0.0 if self.stopped.is_set() else self.end - time.monotonic()
+        return 0.0 if self.stopped.is_set() else self.end - self.clock()
 
     def _watch(self) -> None:
         """Lets HiGHS look at `stopped` now and then.
@@ -209,7 +213,7 @@ class Exact:
         """
 
         def interrupt(event: Any) -> None:
-            if self.stopped.is_set() or time.monotonic() > self.end:
+            if self.stopped.is_set() or self.clock() > self.end:
                 event.interrupt()
 
         self.h.cbMipInterrupt += interrupt
@@ -245,7 +249,8 @@ class Exact:
             self.h.addRow(-highspy.kHighsInf, upper, len(columns), columns, values)
 
     def _run_highs(self) -> Any:
-        self.h.setOptionValue("time_limit", float(self.h.getRunTime() + max(0.01, self._left())))
+        left = self._left() * (1 if self.clock is time.monotonic else SLOWER)
+        self.h.setOptionValue("time_limit", float(self.h.getRunTime() + max(0.01, left)))
         self.h.run()
         return self.h.getModelStatus()
 

@@ -63,7 +63,7 @@ class ExactJob(threading.Thread):
     def __init__(self, run: Run, c: Compact) -> None:
         super().__init__(daemon=True)
         self.of, self.c = run, c
-        self.exact = Exact(c, run.left(), run.seed, run.gap, on_bound=run.raise_bound)
+        self.exact = Exact(c, run.left(), run.seed, run.gap, on_bound=run.raise_bound, clock=run.clock)
         self.outcome = None
         self.failed: BaseException | None = None
 

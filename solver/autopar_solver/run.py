@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,7 @@ class Run:
     gap: float
     workers: int | None
     progress: ProgressCallback | None
+    clock: Callable[[], float] = time.monotonic
     index: IntArray | None = None
     objective: int | None = None
     bound: int | None = None
@@ -32,7 +34,7 @@ class Run:
 
     def elapsed(self) -> float:
         """Seconds since the solve began."""
-        return time.monotonic() - self.began
+        return self.clock() - self.began
 
     def left(self) -> float:
         """Seconds left."""
