@@ -37,6 +37,9 @@ NEAR = 1e-4
 CLOSE = 1e-3
 """A plan that fits and is proven to be this near the best is not improved."""
 
+FAR = 0.1
+"""A mixture that may be further from the best is looked for at prices of another time, too."""
+
 SLIGHT, FIRST, STEEPER = 0.25, 1e-4, 30.0
 """Where the fastest plan exceeds the limit by less than the first share, prices begin low: the excess costs
 the second share of the time. How they rise until a plan fits."""
@@ -93,23 +96,36 @@ class Mixer:
 
     def run(self, free: Choice) -> Solved:
         """Returns the best mixture found, with its bound. free: the fastest choice, which does not fit."""
-        found = [self._between(free, free)]
-        lean = found[0].chosen
-        worst = self._timeline(free).argmax()
-        near = found[0].objective * (1 - CLOSE) <= found[0].bound
-        if self.thorough and not near and lean is not None and self._timeline(lean).argmax() != worst:
-            found.append(self._between(free, lean))  # another time binds
+        first = self._worst(free)
+        found = [self._between(free, first, 0 if self.thorough else ROUNDS)]
+        if self.thorough and not self._another(free, first, found):
+            found.append(self._between(free, first, ROUNDS))
+            self._another(free, first, found)
         best = min(found, key=lambda each: each.objective)
         return replace(best, bound=max(each.bound for each in found))
 
-    def _between(self, free: Choice, worst: Choice) -> Solved:
-        """Returns the best mixture at prices of what is alive when the choice `worst` needs most."""
-        weights = self._weights(int(self._timeline(worst).argmax()))
+    def _another(self, free: Choice, tick: int, found: list[Solved]) -> bool:
+        """Returns whether another time than this binds the last mixture found, and one at prices of that time
+        is near enough to the best; it is added to what was found."""
+        last = found[-1]
+        near = last.objective * (1 - CLOSE) <= last.bound
+        if last.chosen is None or near or self._worst(last.chosen) == tick:
+            return False
+        found.append(self._between(free, self._worst(last.chosen), ROUNDS))
+        return found[-1].objective * (1 - FAR) <= found[-1].bound
+
+    def _worst(self, chosen: Choice) -> int:
+        """Returns the time at which a choice needs most."""
+        return int(self._timeline(chosen).argmax())
+
+    def _between(self, free: Choice, tick: int, rounds: int) -> Solved:
+        """Returns the best mixture at prices of what is alive at a time, refined so often."""
+        weights = self._weights(tick)
         fast = self._point(free, weights)
         fast, lean, bound = self._fitting(fast, weights)
         if lean is None:
             return NONE_FITS
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             if fast.nbytes <= lean.nbytes or lean.seconds * (1 - CLOSE) <= bound:
                 break
             price = max(0.0, lean.seconds - fast.seconds) / (fast.nbytes - lean.nbytes)
