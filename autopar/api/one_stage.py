@@ -3,8 +3,9 @@ short."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -67,9 +68,8 @@ def one_stage(tracer: Tracer, cluster: Cluster, method: OneStage, say: Say) -> M
     said = False if isinstance(method, Follow | CreateState) else remat_of(method.remat)
     choices = _meshes(cluster, method)
     say("tracing")
-    tried: list[Made] = []
     if said is None and work.differentiates:
-        early = [work.alike(choice, tried) for choice in choices]
+        early = [work.alike(choice) for choice in choices]
         if all(early):
             return min((made for made in early if made), key=_time)
     best, refused = work.fastest(choices, False if said is None else said)
@@ -77,9 +77,9 @@ def one_stage(tracer: Tracer, cluster: Cluster, method: OneStage, say: Say) -> M
         short = choices if best is None else tuple(c for c in choices if _is_short(best, c))
         other, reason = work.recomputing(short)
         both = [x for x in (best, other) if x is not None]
-        bound = min((x.plan.stages[0].sharding.bound for x in both), default=0.0)
-        best = min([*both, *tried], key=_time, default=None)
-        best = best and _bounded(best, bound)
+        bound = min((x.plan.stages[0].sharding.bound for x in both), default=math.inf)
+        best = min([*both, *work.tried], key=_time, default=None)
+        best = best and _bounded(best, min(bound, work.floor(best)))
         refused = reason or refused
     if best is None:
         assert refused is not None
@@ -93,10 +93,23 @@ def _time(made: Made) -> float:
 
 @dataclass
 class _Work:
+    """What is known while plans of one stage are looked for.
+
+    Attributes:
+        tried: plans in which all layers compute the same again.
+        floors: mesh → seconds that no plan on it goes below, whatever layers compute again.
+    """
+
     tracer: Tracer
     cluster: Cluster
     method: OneStage
     say: Say
+    tried: list[Made] = field(default_factory=list[Made])
+    floors: dict[Mesh, float] = field(default_factory=dict[Mesh, float])
+
+    def floor(self, made: Made) -> float:
+        """Returns seconds that no plan on the same mesh goes below, whatever layers compute again."""
+        return self.floors.get(made.plan.stages[0].mesh, math.inf)
 
     @property
     def micro(self) -> int:
@@ -133,13 +146,10 @@ class _Work:
         found = stages.plan(traced.graph, self.cluster, _unpriced, shard, options)
         return Made(timed(found, self.cluster, remat, self.tracer.layer_scans), traced)
 
-    def alike(self, choice: MeshChoice, tried: list[Made]) -> Made | None:
+    def alike(self, choice: MeshChoice) -> Made | None:
         """Returns the plan in which all layers compute the same again, where that is as good as any: it takes
         hardly longer than a plan that needs not fit, or memory is dearer than computing anything again. None
         where nothing has to be computed again, or what has to be is not known so easily.
-
-        Args:
-            tried: the plan is added if it fits.
         """
         self.tracer.layer_scans = False
         kept = self.tracer(self.micro, False)
@@ -148,25 +158,34 @@ class _Work:
         free = self._free(kept, choice)
         if free is None or free.memory.peak <= free.memory.limit:
             return None
+        self.floors[choice.mesh] = free.bound
         half = free.memory.state + free.memory.activations // 2
         remat = Remat.PRODUCTS if half <= choice.mesh.device.memory else Remat.FULL
+        try:
+            found, enough = self._everywhere(remat, choice, free)
+        except DoesNotFit:
+            return None
+        self.tried.append(_bounded(found, free.bound))
+        return self.tried[-1] if enough else None
+
+    def _everywhere(self, remat: Remat, choice: MeshChoice, free: ShardingPlan) -> tuple[Made, bool]:
+        """Returns the plan in which every layer takes an alternative, and whether that is good enough.
+
+        Args:
+            free: with nothing computed again, if memory did not matter.
+        """
         self.tracer.layer_scans = True
         traced = self.tracer(self.micro, remat)
         self.say(f"sharding over {choice.mesh}, recomputing {layers.WORDS[remat]}")
-        try:
-            found = self._planned(traced, choice, remat)
-        except DoesNotFit:
-            return None
+        found = self._planned(traced, choice, remat)
         own: ShardingPlan = found.plan.stages[0].sharding
         unlimited = self._free(traced, choice) or own
         again = max(0.0, unlimited.objective - free.objective)
         words = f"{layers.WORDS[remat]} in every layer ({1e3 * again:.3g} ms)"
         note = f"memory is short; recomputed in the backward pass: {words}"
         found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, note)))
-        tried.append(_bounded(found, free.bound))
         near = own.objective <= (1 + WORTHWHILE) * free.bound
-        dear = remat is Remat.FULL and _dear(own, unlimited, free)
-        return tried[-1] if near or dear else None
+        return found, near or (remat is Remat.FULL and _dear(own, unlimited, free))
 
     def _free(self, traced: Traced, choice: MeshChoice) -> ShardingPlan | None:
         """The fastest plan whatever memory it needs."""
