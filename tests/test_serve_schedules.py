@@ -288,6 +288,42 @@ def test_prefill_and_decode_steps_take_turns():
     assert kinds == [4, 1] * 4, "answers under way go on while a long prompt is read"
 
 
+def test_short_prompts_that_come_together_are_read_before_they_decode():
+    bench = Bench(FakeRunner(blocks=200, new_buckets=(1, 4), row_buckets=(1, 2, 8), max_tokens=8))
+    for n in range(8):
+        bench.submit(Request((n, n + 1, n + 2), Sampling(max_tokens=4, temperature=0, ignore_eos=True)))
+    bench.finish()
+    assert [(rows, new) for rows, new, _ in bench.runner.steps] == [(2, 4)] * 4 + [(8, 1)] * 3
+
+
+def test_few_short_prompts_let_many_answers_go_on():
+    bench = Bench(FakeRunner(blocks=200, new_buckets=(1, 4), row_buckets=(1, 8, 16), max_tokens=4))
+    request = lambda n: Request((n, n + 1), Sampling(max_tokens=30, temperature=0, ignore_eos=True))  # noqa: E731
+    for n in range(8):
+        bench.submit(request(n))
+    for _ in range(14):
+        bench.step()
+    bench.runner.steps.clear()
+    for n in (20, 30):
+        bench.submit(request(n))
+    for _ in range(4):
+        bench.step()
+    assert [new for _, new, _ in bench.runner.steps] == [4, 1, 4, 1]
+
+
+def test_a_first_token_goes_out_before_the_next_step_starts():
+    class Watching(FakeRunner):
+        def run(self, batch, every=False):
+            seen.append(stream._pieces.qsize())
+            return super().run(batch, every)
+
+    seen: list[int] = []
+    bench = Bench(Watching(blocks=200, new_buckets=(1, 4)))
+    stream = bench.submit(Request((1, 2), Sampling(max_tokens=3, temperature=0, ignore_eos=True)))
+    bench.finish()
+    assert seen[:2] == [0, 1]
+
+
 def test_keys_get_their_weighted_shares():
     bench = Bench(FakeRunner(blocks=17, row_buckets=(1, 2)), weights={"heavy": 3.0}, prefix_cache=False)
     streams = {"heavy": [], "light": []}

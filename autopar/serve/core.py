@@ -145,6 +145,8 @@ class Core:
         if self._flight:
             step, logits, started = self._flight.popleft()
             self._results.commit(step, logits)
+            if step.reads:
+                self.delivery.deliver()  # a first token does not wait for the next step to be made as well
             self._meter.steps += 1
             began, self._committed = max(started, self._committed), time.monotonic()
             self._meter.step_time.add(self._committed - began)

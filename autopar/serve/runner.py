@@ -279,8 +279,8 @@ class Results:
 def table_buckets(longest: int, block_size: int, fine: bool = False) -> tuple[int, ...]:
     """Returns numbers of blocks for tables: of a quarter of the longest sequence, and of all of it.
 
-    fine: of a sixteenth and an eighth as well.
+    fine: of an eighth, a sixteenth and half of that as well.
     """
     most = -(-longest // block_size)
-    shares = (16, 8, 4, 1) if fine else (4, 1)
+    shares = (32, 16, 8, 4, 1) if fine else (4, 1)
     return tuple(sorted({max(1, -(-most // share)) for share in shares}))

@@ -13,6 +13,9 @@ from autopar.serve.fair import ANSWER_COST, PROMPT_COST, FairQueue
 from autopar.serve.sequence import Job, Sequence
 from autopar.serve.steps import Row, Shapes, Step, batch_of, bucket
 
+IN_A_ROW = 4
+"""Prefill steps that may follow each other while decode steps wait for company."""
+
 
 def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.job.order, sequence.index
@@ -23,7 +26,7 @@ class Scheduler:
 
     Waiting sequences are admitted while rows and blocks for their whole prompts are there, preempted ones
     before new ones, new ones by fair shares. Steps of several new tokens per row (prefill, in chunks) and
-    steps of one (decode) take turns. With several groups each step takes its share of the rows, the longest
+    steps of one (decode) take turns, save where many short prompts come together. With several groups each step takes its share of the rows, the longest
     unserved first, so that as many steps as there are groups can be in flight. A sequence that needs a block
     when none is left takes those of the latest arrival, which goes back to waiting and is computed anew
     (mostly from the prefix cache).
@@ -43,7 +46,7 @@ class Scheduler:
         self._again: list[Sequence] = []  # preempted, by arrival; of beams only the first
         self._admitted: list[Job] = []
         self._turn = 0
-        self._prefilled = False  # whether the last step was a prefill step
+        self._prefilled = 0  # prefill steps since the last decode step
 
     @property
     def most_rows(self) -> int:
@@ -97,13 +100,24 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Returns the next step, its sequences advanced as if it were done; None if nothing can run now."""
         self._admit()
-        kinds = (self._decode, self._prefill) if self._prefilled else (self._prefill, self._decode)
+        kinds = (self._decode, self._prefill) if self._decode_first() else (self._prefill, self._decode)
         for kind in kinds:
             step = kind()
             if step is not None:
-                self._prefilled = kind == self._prefill
+                self._prefilled = self._prefilled + 1 if step.reads else 0
                 return step
         return None
+
+    def _decode_first(self) -> bool:
+        """Whether it is the decode steps' turn.
+
+        After a prefill step it is, unless at least a quarter of the rows have only one chunk left to be read:
+        a decode step takes hardly longer for all of them than for those that are ready.
+        """
+        longest = self._shapes.new[-1]
+        ready = sum(1 for s in self.running if s.remaining == 1)
+        soon = sum(1 for s in self.running if 1 < s.remaining <= longest)
+        return self._prefilled >= (IN_A_ROW if 3 * soon >= ready else 1)
 
     def follow(self, step: Step, logits: Logits) -> Step | None:
         """Returns the step that goes on with the rows of a decode step that is under way.

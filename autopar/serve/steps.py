@@ -43,6 +43,11 @@ class Step:
     copies: tuple[tuple[int, int], ...]
     every: bool
 
+    @property
+    def reads(self) -> bool:
+        """Returns whether it is a prefill step."""
+        return self.batch.tokens.shape[1] > 1
+
 
 @dataclass(frozen=True)
 class Shapes:
