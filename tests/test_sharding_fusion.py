@@ -92,6 +92,12 @@ def test_a_sum_of_two_that_several_read_is_kept():
     assert ((), 5) in fusion.sources and ((), 6) in fusion.sources
 
 
+def test_what_spreads_the_gradient_of_a_pooling_computes_its_operands_itself():
+    many = (dot(0, 1, 2), unary(2, 3), dot(3, 1, 4), unary(3, 5))
+    fusion, _ = analyse(*many, replace(dot(5, 3, 6), op="select_and_scatter_add"), outputs=(4, 6))
+    assert fusion.kept_for[(), 3] == {3}, "written for the product alone"
+
+
 def test_who_reads_a_view_reads_what_it_is_a_view_of():
     many = (dot(0, 1, 2), unary(2, 3), view(3, 4), dot(4, 1, 5), unary(5, 6), add(6, 4, 7))
     fusion, spans = analyse(*many, outputs=(7,))

@@ -29,6 +29,9 @@ INSIDE = (OpKind.FUSED, OpKind.VIEW)
 SMALL = 8
 """An operand at least this many times smaller than the result counts as broadcast."""
 
+EXPANDED = ("select_and_scatter_add",)
+"""Operations that XLA takes apart, before it fuses, into elementwise ones and a scatter."""
+
 
 @dataclass
 class Fusion:
@@ -53,7 +56,7 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], timed: bo
         where a barrier or a collective reads it, too.
     """
     found = Fusion()
-    hungry = {step.tick for step in model.steps if not fuses(step)}
+    hungry = {s.tick for s in model.steps if not fuses(s) and s.equation.op not in EXPANDED}
     reducing = {step.tick for step in model.steps if kind_of(step.equation) is OpKind.MEMORY}
     steps = {step.tick for step in model.steps}
     leaving = {((), v) for v in (*region.leaving, *(v for v, _ in region.ties))}
