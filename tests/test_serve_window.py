@@ -26,6 +26,7 @@ def model():
     changes = {"weights": "random", "buckets": BUCKETS, "tokens": 2048, "max_length": 48, "behind": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(window, "LEAST_ROWS", 1)
+        patch.setattr(window, "GREEDY_ROWS", 1)
         with autopar.serve.load("opt-tiny", **changes) as model:
             yield model
 
@@ -60,12 +61,18 @@ class Driver:
         found = self.runner.run(StepBatch(tokens, *at, self.tables[row : row + 1])).greedy()
         self.ids[row], self.logits[row] = [*prompt, int(found[0])], {}
 
-    def decode(self, count: int) -> None:
+    def decode(self, count: int, greedy: bool = False) -> None:
         for _ in range(count):
             tokens = np.array([ids[-1:] for ids in self.ids], np.int32)
             at = np.array([len(ids) - 1 for ids in self.ids], np.int32)
-            found = self.runner.run(StepBatch(tokens, at, np.ones(2, np.int32), self.tables)).last()
+            batch = StepBatch(tokens, at, np.ones(2, np.int32), self.tables, () if greedy else None)
+            results = self.runner.run(batch)
             self.windowed += self.runner._windows._held is not None
+            if greedy:
+                for ids, token in zip(self.ids, results.greedy().tolist(), strict=True):
+                    ids.append(token)
+                continue
+            found = results.last()
             for row, ids in enumerate(self.ids):
                 self.logits[row][int(at[row])] = found[row]
                 ids.append(int(found[row].argmax()))
@@ -122,6 +129,21 @@ def test_a_window_that_was_freed_is_filled_again(model):
     driver.decode(3)
     driver.check()
     assert driver.windowed == 2 + 2
+
+
+def test_greedy_steps_do_without_logits_and_others_go_on_from_them(model):
+    driver = Driver(model._runner)
+    driver.prefill(0, PROMPTS[0])
+    driver.prefill(1, PROMPTS[1])
+    driver.decode(2)
+    assert len(driver.runner._windows._held.loaded.results) == 2
+    driver.decode(4, greedy=True)
+    assert len(driver.runner._windows._held.loaded.results) == 1
+    driver.decode(3)
+    assert driver.windowed == 8
+    driver.check()
+    for prompt, ids in zip((PROMPTS[0], PROMPTS[1]), driver.ids, strict=True):
+        assert ids[len(prompt) :] == logits_of(ids).argmax(-1)[len(prompt) - 1 : len(ids) - 1].tolist()
 
 
 def test_requests_that_come_and_go_keep_their_tokens(model):

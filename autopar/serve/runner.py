@@ -162,7 +162,7 @@ class CompiledRunner:
         if batch.after is not None:
             assert isinstance(batch.after, Results), "a step after one of this runner"
             arrays = batch.after.tokens(), *arrays[1:]
-        loaded = self._windows.step(shape, arrays) or loaded
+        loaded = self._windows.step(shape, arrays, batch.sampled == ()) or loaded
         loaded(arrays)
         return Results(loaded, batch, every)
 

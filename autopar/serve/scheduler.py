@@ -26,10 +26,10 @@ class Scheduler:
 
     Waiting sequences are admitted while rows and blocks for their whole prompts are there, preempted ones
     before new ones, new ones by fair shares. Steps of several new tokens per row (prefill, in chunks) and
-    steps of one (decode) take turns, save where many short prompts come together. With several groups each step takes its share of the rows, the longest
-    unserved first, so that as many steps as there are groups can be in flight. A sequence that needs a block
-    when none is left takes those of the latest arrival, which goes back to waiting and is computed anew
-    (mostly from the prefix cache).
+    steps of one (decode) take turns, save where many short prompts come together. With several groups each
+    step takes its share of the rows, the longest unserved first, so that as many steps as there are groups
+    can be in flight. A sequence that needs a block when none is left takes those of the latest arrival, which
+    goes back to waiting and is computed anew (mostly from the prefix cache).
 
     Attributes:
         running: admitted sequences by arrival. preemptions: how many times one had to give way.

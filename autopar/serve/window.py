@@ -13,6 +13,9 @@ from autopar.serve.batch import SCRATCH, Ints
 LEAST_ROWS = 8
 """Rows of the smallest step that has a window: for fewer, gathering is too small a part of a step."""
 
+GREEDY_ROWS = 16
+"""Rows from which on there are steps in windows without logits: for fewer, these are too little to write."""
+
 
 class _Rows(NamedTuple):
     """What a decode step did: where its rows were."""
@@ -59,13 +62,14 @@ class Windows:
 
     def shapes(self, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
         """Returns the steps in windows that go with those of these shapes."""
-        return tuple(
+        found = [
             shape._replace(window=True)
             for shape in shapes
             if shape.new == 1
             and shape.rows >= LEAST_ROWS
             and shape.rows * shape.blocks * self._block_size <= self._tokens
-        )
+        ]
+        return (*found, *(shape._replace(greedy=True) for shape in found if shape.rows >= GREEDY_ROWS))
 
     def add(self, shape: Shape) -> None:
         """Notes that the step in a window of this shape has been compiled."""
@@ -76,22 +80,25 @@ class Windows:
         self._last = None
         self._leave()
 
-    def step(self, shape: Shape, arrays: tuple[Ints, Ints, Ints, Ints]) -> Loaded | None:
+    def step(self, shape: Shape, arrays: tuple[Ints, Ints, Ints, Ints], greedy: bool) -> Loaded | None:
         """Returns the step that goes on from a window with this batch, None if none does.
 
         Args:
             shape: of the compiled step that the batch's arrays were padded for.
+            greedy: the likeliest tokens are enough.
         """
         if shape.new != 1 or not self._tokens:
             self.forget()
             return None
         _, positions, lengths, tables = arrays
         last, self._last = self._last, _Rows(shape, positions, lengths, tables)
-        window = self._compiled.get(shape._replace(window=True))
+        wanted = shape._replace(window=True)
+        window = (greedy and self._compiled.get(wanted._replace(greedy=True))) or self._compiled.get(wanted)
         if window is None or last is None or not last.lead_to(self._last):
             self._leave()
             return None
-        if self._held is None:
+        if self._held is not window:
+            self._leave()
             window.enter(tables, positions)
             self._held = window
         return window.loaded
