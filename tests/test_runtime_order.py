@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -53,6 +55,13 @@ def test_nothing_is_written_for_a_barrier_s_sake():
 def test_what_is_computed_again_waits_for_its_cotangents():
     again = graph_of((DOT, (0, 1), 2), (VIEW, (0,), 3), (FUSED, (3,), 4), (DOT, (4, 2), 5), (DOT, (5, 1), 6))
     assert joins(again, range(5), fences={1}) == {1: (2, 3)}
+
+
+def test_the_value_of_a_loss_is_not_left_to_the_end():
+    chain = graph_of((FUSED, (0,), 2), (FUSED, (0,), 3), (DOT, (2, 1), 4), (DOT, (4, 1), 5), (DOT, (5, 1), 6))
+    forward = tuple(replace(e, phase=Phase.FORWARD) for e in chain.equations[:2])
+    step = replace(chain, equations=(*forward, *chain.equations[2:]), outputs=(3, 6))
+    assert joins(step, range(5)) == {2: (3, 4)}  # 2 is read by the backward, 3 only by the caller
 
 
 @pytest.fixture(scope="module")

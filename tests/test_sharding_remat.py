@@ -104,11 +104,11 @@ def test_the_best_assignment_under_every_limit_is_that_of_brute_force():
     every = captured((96, 64, 32), EVERY)
     apart = {w: intra.plan(g, everything(g), mesh(1), OPTIONS) for w, g in each(every).items()}
     peaks = sorted({plan.memory.peak for plan in apart.values()})
-    assert len(apart) == 27 and len(peaks) > 8
+    assert len(apart) == 27 and len(peaks) > 5
     search = remat.Search(every, mesh(1), OPTIONS)
     chosen = set()
     middle = peaks[len(peaks) // 2]
-    for limit in (*peaks[::3], middle, peaks[0] - 1):
+    for limit in (*peaks[::2], middle, peaks[0] - 1):
         search.options = options = replace(OPTIONS, limit=limit)
         together = search.joint()
         best = min((p.objective for p in apart.values() if p.memory.peak <= limit), default=math.inf)

@@ -17,7 +17,7 @@ from jax.extend.core import Literal
 
 from autopar.core.graph import Equation, Graph, Phase, Remat, Value
 from autopar.models import gpt
-from autopar.trace.capture import begin, split
+from autopar.trace.capture import begin, capture, split
 from autopar.trace.flat import dce, flatten, run
 from autopar.trace.grad_equation import GRAD
 from autopar.trace.gradient import differentiate, grad, gradient_equations, value_and_grad
@@ -246,6 +246,35 @@ def test_remat_keeps_layer_inputs_only():
     step = sgd(lambda p, b: jnp.mean((mlp(p, b["x"], 3) - b["y"]) ** 2))
     kept = [residual_bytes(taken_apart(step, mlp_parameters(3), BATCH, remat=r)) for r in (False, True)]
     assert kept[1] == 2 * BATCH["x"].nbytes < kept[0]
+
+
+def test_what_is_computed_again_is_computed_where_it_is_read():
+    """In a layer of two products and a loss, the first one's activation is not computed beside the loss."""
+
+    def loss(params, batch):
+        for p in params:
+            batch = jnp.tanh(batch @ p)
+        return jnp.mean(jnp.square(batch))
+
+    shapes = [jax.ShapeDtypeStruct((8, 8), "float32")] * 2
+    graph = capture(
+        value_and_grad(loss), (shapes, jax.ShapeDtypeStruct((4, 8), "float32")), remat=Remat.PRODUCTS,
+        assign=lambda g: replace(g, equations=tuple(replace(e, layer=0) for e in g.equations), layers=("",)),
+    ).graph  # fmt: skip
+    backward = [e.op for e in graph.equations if e.phase is Phase.BACKWARD]
+    products = [i for i, op in enumerate(backward) if op == "dot_general"]
+    again = [i for i, op in enumerate(backward) if op == "tanh"]
+    assert len(again) == 2 and again[1] + 1 == products[0]
+
+
+@pytest.mark.parametrize("dtype, rounded", [("float32", False), ("bfloat16", True)])
+def test_rounding_to_the_own_precision_disappears_where_nothing_is_computed_in_a_higher_one(dtype, rounded):
+    bits = jnp.finfo(dtype)
+    graph = capture(
+        lambda x: jax.lax.reduce_precision(x * 2, bits.nexp, bits.nmant) + 1,
+        (jax.ShapeDtypeStruct((4,), dtype),),
+    ).graph
+    assert any(e.op == "reduce_precision" for e in graph.equations) is rounded
 
 
 def test_identical_layers_give_identical_equations():

@@ -3,14 +3,16 @@
 A compiler is free to compute gradients of weights after the whole chain of cotangents, and some do (XLA's
 scheduler for CPUs goes down the chain first): everything that these products read stays alive meanwhile. So
 gradients that nothing of the backward waits for are joined with the cotangents that go on to the rest of it,
-by one barrier: who reads the cotangents reads them after the gradients have been computed.
+by one barrier: who reads the cotangents reads them after the gradients have been computed. The same holds
+for what only the caller waits for, the value of a loss: left to the end of the step, it would keep all that
+it is made of, such as the logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from autopar.core.graph import Graph, OpKind, Phase
+from autopar.core.graph import Equation, Graph, OpKind, Phase
 from autopar.sharding.fusion import INSIDE
 
 KEEPING_ORDER = {
@@ -21,8 +23,8 @@ KEEPING_ORDER = {
 
 
 def joins(graph: Graph, equations: Sequence[int], fences: Collection[int] = ()) -> dict[int, tuple[int, ...]]:
-    """Returns equation → the values to be joined right after it: gradients made so far, and all cotangents
-    that later equations of the backward read.
+    """Returns equation → the values to be joined right after it: gradients made so far (and the forward's
+    results), and all cotangents that later equations of the backward read.
 
     Joined is what is in memory anyway, so that nothing is written for the barrier's sake, and where no
     cotangent made since goes on that is not.
@@ -35,7 +37,7 @@ def joins(graph: Graph, equations: Sequence[int], fences: Collection[int] = ()) 
     backward = [e for e in equations if graph.equations[e].phase is Phase.BACKWARD]
     readers = _readers(graph, backward)
     found: dict[int, tuple[int, ...]] = {}
-    waiting: list[int] = []
+    waiting = _results(graph, equations)
     passing: dict[int, None] = {}  # cotangents that are still to be read and are in memory
     inside: set[int] = set()  # those made since a gradient waits that are not
     for e in backward:
@@ -46,9 +48,9 @@ def joins(graph: Graph, equations: Sequence[int], fences: Collection[int] = ()) 
                 inside.discard(v)
         for v in equation.outputs:
             if v in readers:
-                if equation.kind not in INSIDE or len(readers[v]) > 1 or e in fences:
+                if e in fences or _written(graph, equation, readers[v]):
                     passing[v] = None
-                elif waiting:
+                elif waiting and len(readers[v]) == 1:
                     inside.add(v)
             elif equation.kind not in INSIDE and graph.values[v].shape:
                 waiting.append(v)
@@ -56,6 +58,25 @@ def joins(graph: Graph, equations: Sequence[int], fences: Collection[int] = ()) 
             found[e] = (*waiting, *passing)
             waiting = []
     return found
+
+
+def _results(graph: Graph, equations: Sequence[int]) -> list[int]:
+    """Returns what the forward makes for the caller and no equation reads."""
+    read = {v for e in equations for v in graph.equations[e].operands}
+    forward = (graph.equations[e] for e in equations if graph.equations[e].phase is Phase.FORWARD)
+    returned = {v for v in graph.outputs if v is not None} - read
+    return [v for equation in forward for v in equation.outputs if v in returned]
+
+
+def _written(graph: Graph, equation: Equation, readers: Sequence[int]) -> bool:
+    """Whether the result of an equation is in memory as long as it is read; what kernels compute again, each
+    for itself, is not (`autopar.sharding.fusion`)."""
+    if equation.kind not in INSIDE:
+        return True
+    shapes = [graph.values[v].shape for v in equation.operands]
+    several = shapes.count(graph.values[equation.outputs[0]].shape) > 1
+    hungry = any(graph.equations[e].kind not in (*INSIDE, OpKind.MEMORY) for e in readers)
+    return len(readers) > 1 and (equation.costly or several or hungry)
 
 
 def _readers(graph: Graph, backward: Sequence[int]) -> dict[int, list[int]]:

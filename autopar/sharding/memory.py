@@ -14,16 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from autopar.core.graph import Alternative, Combine, Phase, Value
+from autopar.core.graph import Alternative, Combine, Equation, OpKind, Phase, Value
 from autopar.core.plan import Memory
 from autopar.sharding.fusion import Fusion, fuse
 from autopar.sharding.grid import Grid, Layout
-from autopar.sharding.late import late
 from autopar.sharding.model import Home, Key, Model
 from autopar.sharding.moved import Held
 from autopar.sharding.region import Region
 
-STATE, RESIDUAL, PASSING, BY = "state", "residual", "passing", "passing by"
+STATE, RESIDUAL, PASSING, BY, TURNED = "state", "residual", "passing", "passing by", "turned"
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +93,7 @@ def usage(
         keep(key, home, (start, stop, residual))
         for when, longer in () if given else spans.longer(key, stop):
             keep(key, model.entry(key, when), longer)
-    return (*items, *_passing_by(model, local, nbytes))
+    return (*items, *_turned(model, local, nbytes), *_passing_by(model, local, nbytes))
 
 
 class Local:
@@ -136,7 +135,6 @@ class Spans:
         self.skip: set[Key] = {((), v) for v in region.state} | {((), v) for v, _ in region.ties}
         self.skip |= loop_constants(model)
         self.fusion = fused or fuse(region, model, nbytes)
-        self.late = late(region, model)
         self.end = model.ticks if region.microbatches == 1 else last_microbatch_tick(region, model) - 1
         self.last: dict[Key, int] = {}
         self.begun: dict[Key, int] = {}
@@ -181,7 +179,6 @@ class Spans:
             for source in sources - seen:
                 self._use(source, tick, phase, seen | {source}, when)
             return
-        tick = self.end if self.region.whole and tick in self.late else tick
         apart = when is not None and own != when
         if not apart:
             self.last[key] = max(self.last.get(key, 0), tick)
@@ -241,6 +238,33 @@ def loop_constants(model: Model) -> set[Key]:
 def scope_inputs(inputs: Sequence[int], count: int) -> Iterable[int]:
     """Returns the body inputs that are no slices: consts and carries, which live outside of the body."""
     return inputs[:count]
+
+
+def _turned(model: Model, local: Local, nbytes: Callable[[Value], int]) -> list[Item]:
+    """Returns the transposed copies that matrix products read.
+
+    A product over several dims of its first operand wants them last, as `xla::DotDecomposer` puts it; a
+    compiler for CPUs writes such an operand anew (the gradient of what a layer made, which is multiplied with
+    what it read). A single dim it turns within the product.
+    """
+    steps = {(step.path, step.index): step for step in model.steps if _turns(step.equation)}
+    found: list[Item] = []
+    for read in model.reads:
+        step = None if read.site is None or read.site[2] else steps.get(read.site[:2])
+        if step is not None and not read.tie and not read.lazy:
+            each = local(nbytes(model.value(read.key)), read.target.layouts)
+            found.append(Item(read.target.node, step.tick, step.tick + 1, each, TURNED, read.key))
+    return found
+
+
+def _turns(equation: Equation) -> bool:
+    """Whether the first operand of a product has several dims that are summed over before one that is not."""
+    rule = equation.rule
+    first = rule.operands[0] if rule is not None and rule.operands else None
+    if equation.kind is not OpKind.CONTRACTION or rule is None or first is None:
+        return False
+    summed = [bool(dim) and all(f in rule.reductions for f in dim) for dim in first]
+    return sum(summed) > 1 and not all(summed[-sum(summed) :])
 
 
 def _passing_by(model: Model, local: Local, nbytes: Callable[[Value], int]) -> list[Item]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from autopar.sharding.fusion import INSIDE
 from autopar.sharding.grid import Layout
-from autopar.sharding.memory import BY, STATE, Item
+from autopar.sharding.memory import BY, STATE, TURNED, Item
 from autopar.sharding.model import Home, Key, Model
 from autopar.sharding.moved import Held
 from autopar.sharding.strategies import kind_of
@@ -31,7 +31,7 @@ def divisible(model: Model, items: Sequence[Item]) -> list[Divisible]:
     found: list[Divisible] = []
     for item in items:
         home = model.homes.get(item.key)
-        if item.role in (STATE, BY) or item.key not in elementwise or item.key not in wanted:
+        if item.role in (STATE, BY, TURNED) or item.key not in elementwise or item.key not in wanted:
             continue
         if home is not None and home.node == item.node:
             found.append(Divisible(item, home, tuple(wanted[item.key])))
@@ -48,7 +48,7 @@ def cut_at_once(candidates: Sequence[Divisible], chosen: Sequence[int]) -> list[
     for item, home, wanted in candidates:
         have = home.layouts[chosen[home.node]]
         wants = (target.layouts[chosen[target.node]] for target in wanted)
-        if all(x != have and _is_part(x, have) for x in wants) and item.nbytes[chosen[item.node]]:
+        if all(x != have and is_part(x, have) for x in wants) and item.nbytes[chosen[item.node]]:
             found.append(Held(item.key, item.start, item.stop, -int(item.nbytes[chosen[item.node]])))
     return found
 
@@ -59,6 +59,6 @@ def made_elementwise(model: Model) -> set[Key]:
     return {(step.path, v) for step in steps for v in step.equation.outputs}
 
 
-def _is_part(layout: Layout, of: Layout) -> bool:
-    """Whether a layout cuts every dim further than another one does, or as far."""
+def is_part(layout: Layout, of: Layout) -> bool:
+    """Returns whether a layout cuts every dim further than another one does, or as far."""
     return all(fine[: len(coarse)] == coarse for fine, coarse in zip(layout, of, strict=True))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 Atom: TypeAlias = Var | Literal
@@ -67,6 +68,20 @@ def is_recomputation(equation: JaxprEqn) -> bool:
     """Returns whether a remat equation recomputes in the backward pass, and XLA must not undo that."""
     params = equation.params
     return bool(params.get("differentiated") and params.get("prevent_cse"))
+
+
+def rounds_nothing(equation: JaxprEqn) -> bool:
+    """Returns whether an equation rounds a value to the precision it has and no compiler computes in a higher
+    one, as some do for types narrower than float32."""
+    if equation.primitive.name != "reduce_precision":
+        return False
+    aval: Any = equation.outvars[0].aval
+    dtype = aval.dtype
+    if dtype not in (np.float32, np.float64):
+        return False
+    bits = np.finfo(dtype)
+    same = equation.params["exponent_bits"] == bits.nexp and equation.params["mantissa_bits"] == bits.nmant
+    return bool(same)
 
 
 def is_recomputed(equation: JaxprEqn) -> bool:

@@ -107,7 +107,8 @@ def flatten(closed: ClosedJaxpr, *, keep: frozenset[str] = frozenset()) -> Flat:
     """Returns the equations of `closed` with every call inlined.
 
     jit, remat, custom_jvp, custom_vjp and the like disappear; scan, while, cond and autopar's gradient
-    equation stay. What a backward pass recomputes keeps its barriers, so that XLA does not undo it.
+    equation stay. Rounding to the precision that a value has anyway, which remat adds to what it keeps,
+    disappears. What a backward pass recomputes keeps its barriers, so that XLA does not undo it.
 
     Args:
         closed: what `jax.make_jaxpr` returned.
@@ -149,8 +150,10 @@ def inline(
         known = equation if caller is None or compat.line_of(equation) else caller
         names = equation.source_info.name_stack if stack is None else stack + equation.source_info.name_stack
         inner = None if equation.primitive.name in keep else compat.called(equation)
-        if inner is None:
-            results: Sequence[Atom] = [compat.variable(v.aval) for v in equation.outvars]
+        if compat.rounds_nothing(equation):
+            results: Sequence[Atom] = operands
+        elif inner is None:
+            results = [compat.variable(v.aval) for v in equation.outvars]
             source = known.source_info.replace(name_stack=names)
             builder.add(equation.replace(invars=operands, outvars=results, source_info=source), mark)
         else:

@@ -26,6 +26,7 @@ from autopar.trace.forward_layers import (
 from autopar.trace.grad_equation import GRAD, grad, value_and_grad
 from autopar.trace.layer_vjp import Derivative, Layer, cut, relocated, tracebacks
 from autopar.trace.rename import keep_names
+from autopar.trace.sinking import sunk
 from autopar.trace.twins import Differentiator
 
 __all__ = ["GRAD", "differentiate", "grad", "gradient_equations", "value_and_grad"]
@@ -192,7 +193,9 @@ class _Differentiation:
             mark = self._mark(layer, Phase.BACKWARD, way.remat, len(found))
             start = len(self.builder.equations)
             assert way.derivative.backward is not None, "it has cotangents to give"
-            results = self._inline(way.derivative.backward, [*way.residuals, *cotangents], mark, layer)
+            results = self._inline(
+                way.derivative.backward, [*way.residuals, *cotangents], mark, layer, cotangents
+            )
             made.append(self._own(start, results, mark, len(found)))
         for v, cotangent in zip(wanted, either(self.builder, made, shared, self.equation)):
             self.contributions.setdefault(v, []).append(cotangent)
@@ -206,12 +209,18 @@ class _Differentiation:
             return list(results)
         return own(self.builder, start, results, mark, self.equation)
 
-    def _inline(self, closed: ClosedJaxpr, operands: Sequence[Atom], mark: Mark, layer: Layer) -> list[Atom]:
+    def _inline(
+        self,
+        closed: ClosedJaxpr,
+        operands: Sequence[Atom],
+        mark: Mark,
+        layer: Layer,
+        cotangents: Sequence[Atom] = (),
+    ) -> list[Atom]:
         start = len(self.builder.equations)
         results = inline(self.builder, closed, operands, mark)
-        known = tracebacks(layer.equations)
-        for i in range(start, len(self.builder.equations)):
-            self.builder.equations[i] = relocated(self.builder.equations[i], known, layer)
+        own, known = self.builder.equations[start:], tracebacks(layer.equations)
+        self.builder.equations[start:] = [relocated(own[i], known, layer) for i in sunk(own, cotangents)]
         return results
 
     def _total(self, v: Var, mark: Mark) -> Atom:
