@@ -30,8 +30,8 @@ DEFAULT = ("gpt", "mlp", "wresnet")
 PLENTY = 1 << 50
 """Bytes of a device whose memory does not matter."""
 
-RESERVE = 0.02
-"""Share of a limit that is left for what an allocator wastes; the database leaves 8 % of a device."""
+RESERVE = 0.08
+"""Share of a limit that is left for what an allocator wastes: as much as the database leaves of a device."""
 
 
 @dataclass(frozen=True)

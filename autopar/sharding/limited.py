@@ -11,8 +11,9 @@ from autopar.core.errors import DoesNotFit, PlanError
 from autopar.sharding.assemble import Costs, assemble
 from autopar.sharding.memory import STATE
 from autopar.sharding.mixing import LEAN, mixed
+from autopar.sharding.moments import moments_of
 from autopar.sharding.solving import Solved, least_peak, minimise
-from autopar.sharding.squeeze import Squeezed, moments_of, remember, squeeze
+from autopar.sharding.squeeze import BRANCHED, Squeezed, remember, squeeze
 from autopar.sharding.text import gigabytes
 
 if TYPE_CHECKING:
@@ -59,9 +60,11 @@ def _searched(setting: Setting, price: float, limit: int) -> Solved:
     hopeless = setting.least > limit and not setting.region.whole  # one of several stages to choose from
     if price or nodes > WATCHED or hopeless:
         return _estimated(setting, price, limit)
-    watched = squeeze(setting, limit, setting.options.seconds)
+    watched = squeeze(setting, limit, setting.options.seconds, setting.options.ceiling)
     if watched.seconds == math.inf:
         raise refusal(setting, limit, watched)
+    if watched.promise >= setting.options.ceiling or (watched.fastest and nodes <= BRANCHED):
+        return _as_found(setting, limit, watched)
     return _best(setting, limit, watched, apart=nodes <= APART)
 
 
@@ -80,9 +83,15 @@ def _best(setting: Setting, limit: int, watched: Squeezed, apart: bool) -> Solve
         if solved.chosen is not None:
             found = remember(setting, solved.chosen)
             fastest = found if fastest is None or found.seconds < fastest.seconds else fastest
+    return _as_found(setting, limit, replace(watched, fastest=fastest, seconds=bound))
+
+
+def _as_found(setting: Setting, limit: int, watched: Squeezed) -> Solved:
+    """Returns the fastest choice found. Raises DoesNotFit: none was."""
+    fastest, bound = watched.fastest, watched.seconds
     if fastest is None:
         raise refusal(setting, limit, watched)
-    status = "optimal" if fastest.seconds <= (1 + options.gap) * bound else "feasible"
+    status = "optimal" if fastest.seconds <= (1 + setting.options.gap) * bound else "feasible"
     return Solved(fastest.chosen, fastest.seconds, min(bound, fastest.seconds), status)
 
 

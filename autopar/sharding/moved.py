@@ -6,13 +6,13 @@ that has been found; if it then does not fit, it is looked for again below a low
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from autopar.core.graph import Value
 from autopar.sharding.copies import moved_for
 from autopar.sharding.grid import Grid, Layout
-from autopar.sharding.model import Home, Key, Model, Path, Site, Step
+from autopar.sharding.model import Home, Key, Model, Path, Read, Site, Step
 from autopar.sharding.region import Region
 
 
@@ -37,14 +37,20 @@ class Moves(NamedTuple):
     sums: tuple[Step, ...]
 
 
-def moves_of(region: Region, model: Model, regather: bool) -> Moves:
-    """Returns the moves that a model knows of."""
+def moved_reads(model: Model) -> Iterator[tuple[Read, tuple[int, int]]]:
+    """Yields the reads for which a value may be held in a second layout, and its first and last tick."""
     spans = _spans(model)
-    reads: list[tuple[Key, Home, Home, int, int, str]] = []
     for read in model.reads:
         span = None if read.site is None else spans(read.site)
         if span is None or read.tie or read.copy or read.lazy or read.key not in model.homes:
             continue
+        yield read, span
+
+
+def moves_of(region: Region, model: Model, regather: bool) -> Moves:
+    """Returns the moves that a model knows of."""
+    reads: list[tuple[Key, Home, Home, int, int, str]] = []
+    for read, span in moved_reads(model):
         group = moved_for(region, regather, read.key, read.phase)
         reads.append((read.key, model.homes[read.key], read.target, *span, group))
     sums = (step for step in model.steps if any(beside.any() for beside in step.ways.resolving))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from autopar.core.spec import Spec
@@ -25,6 +26,7 @@ class Options:
         regather: whether state that forward and backward read in another layout is moved again for the
             backward rather than kept in that layout; None: only where it would not fit otherwise.
         share: let equal parts of a deep graph take one decision (then depth does not grow the problem).
+        ceiling: seconds per step of a plan that is known; little is spent on what promises no faster one.
     """
 
     limit: int | None = None
@@ -38,3 +40,4 @@ class Options:
     uniform: bool = False
     regather: bool | None = None
     share: bool = True
+    ceiling: float = math.inf

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from autopar.core.errors import DoesNotFit
 from autopar.core.graph import Graph, Phase
 from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
 from autopar.core.spec import Spec
-from autopar.sharding.limited import fitting, leanest
+from autopar.sharding.limited import WATCHED, fitting, leanest
 from autopar.sharding.options import Options
 from autopar.sharding.region import Region, extract, region_key
 from autopar.sharding.result import Reader, loops, specs_of, triples
 from autopar.sharding.setting import Setting, canonical, check_options, limit_of, pinned, prepare
 from autopar.sharding.solving import Solved
+from autopar.sharding.squeeze import promised, squeeze
 
 DEFAULT = Options()
 
@@ -26,6 +29,10 @@ PRICES = (0.0, 1e-12, 1e-11, 1e-10)
 SHARED_GAP, WORTH = 1.1, 0.005
 """How much further from the optimum than for its own stage a plan may be proven for another one, where the
 solver ran out of time: that factor, and half a per cent."""
+
+FARTHER = 1.1
+"""Where keeping gathered state promises no plan within so many times the seconds of one that is known, moving
+it twice is not looked at."""
 
 FAR = 0.15
 """A deep region's plan that keeps gathered state and is proven to be this near the best is taken as it is."""
@@ -115,10 +122,41 @@ def _keyed(same: Same, equations: tuple[int, ...]) -> _Keyed:
 @functools.lru_cache(maxsize=256)
 def _tried(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan | DoesNotFit:
     """The plan of a region, or why there is none: either is found out once."""
+    below = _below(keyed, mesh, replace(options, ceiling=math.inf))
+    if below:
+        return below[-1]
     try:
-        return _planned(keyed, mesh, options)
+        found = _planned(keyed, mesh, options)
     except DoesNotFit as error:
         return error.with_traceback(None)
+    if found.objective < options.ceiling < math.inf:
+        below.append(found)
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _below(keyed: _Keyed, mesh: Mesh, options: Options) -> list[ShardingPlan]:
+    """The plan of a region that was found below a ceiling, if any: then it is what is found without one."""
+    return []
+
+
+class Promise(NamedTuple):
+    """seconds: hardly a plan within the limit takes less. bound: no plan that keeps gathered state does."""
+
+    seconds: float
+    bound: float
+
+
+def promise(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options) -> Promise:
+    """Returns what can be expected of the plan with these arguments, which is found out much faster."""
+    keyed = _keyed(Same(graph), tuple(equations))
+    own = replace(canonical(options, keyed.region), regather=bool(options.regather))
+    setting = _prepared(keyed, mesh, own)
+    limit, free = limit_of(setting.options, setting.mesh), setting.free(setting.options.memory_price)
+    if free.chosen is None or len(setting.model.nodes) > WATCHED or setting.memory(free.chosen).peak <= limit:
+        return Promise(free.bound, free.bound)
+    watched = squeeze(setting, limit, setting.options.seconds, ceiling=0.0)
+    return Promise(watched.promise, watched.seconds)
 
 
 def _planned(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
@@ -154,15 +192,19 @@ def _kept_or_moved(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
     try:
         kept = _solve(setting)
     except DoesNotFit as error:
-        if error.least is not None:  # whatever is moved again, that fits no better
+        hopeless = promised(setting, limit_of(options, mesh)) > FARTHER * options.ceiling
+        if error.least is not None or hopeless:  # whatever is moved again, that fits no better
             raise
         return _solve(_prepared(keyed, mesh, again))
     if kept.objective <= (1 + options.gap) * setting.free(options.memory_price).objective:
         return kept
     if setting.deep and kept.gap <= FAR:
         return kept
+    ceiling = min(kept.objective, options.ceiling)
+    if promised(setting, limit_of(options, mesh)) > FARTHER * ceiling:
+        return kept
     try:
-        moved = _solve(_prepared(keyed, mesh, again))
+        moved = _solve(_prepared(keyed, mesh, replace(again, ceiling=ceiling)))
     except DoesNotFit:
         return kept
     best = min(kept, moved, key=lambda found: found.objective)
@@ -189,7 +231,7 @@ def _priced(keyed: _Keyed, mesh: Mesh, options: Options, price: float) -> Shardi
 def _prepared(keyed: _Keyed, mesh: Mesh, options: Options) -> Setting:
     """The choice model of a region; one is made for all limits and prices."""
     check_options(options)
-    plain = replace(options, limit=None, memory_price=0.0, gap=0.0, seconds=1.0, share=True)
+    plain = replace(options, limit=None, memory_price=0.0, gap=0.0, seconds=1.0, share=True, ceiling=math.inf)
     return replace(_models(keyed, mesh, plain), options=options)
 
 

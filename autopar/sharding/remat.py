@@ -134,6 +134,7 @@ class Search:
     def __post_init__(self) -> None:
         self.layers = choosing(self.graph)
         self.names = tuple(self.layers)
+        self._promises: dict[Taken, intra.Promise] = {}
         self.few = math.prod(map(len, self.layers.values())) <= ENUMERATED
         every = layer_kinds(self.graph)
         self.kinds = {name: every[self.graph.layers.index(name)] if name else () for name in self.names}
@@ -173,7 +174,7 @@ class Search:
         if joint is not None and (first := self.taken(joint)) is not None:
             yield first
         if self.few:
-            yield from sorted(itertools.product(*self.layers.values()), key=self.fastest)
+            yield from sorted(itertools.product(*self.layers.values()), key=self.promised)
             return
         path = self._path()
         low, high = -1, len(path) - 1  # low does not fit, or is slower because so little is left
@@ -244,10 +245,11 @@ class Search:
         """Plans an assignment, unless it cannot be the best."""
         if taken in self.visited:
             return
-        if self.few and self.best and self.fastest(taken) >= self.planned(self.best).objective:
+        ceiling = self.planned(self.best).objective if self.best else math.inf
+        if self.few and self.promised(taken) >= ceiling:
             return
         try:
-            self.visited[taken] = found = self._plan(taken, self.options)
+            self.visited[taken] = found = self._plan(taken, replace(self.options, ceiling=ceiling))
         except PlanError as error:
             self.visited[taken] = error if isinstance(error, DoesNotFit) else DoesNotFit(str(error))
             return
@@ -264,6 +266,17 @@ class Search:
         """Returns seconds that an assignment needs whatever memory there is."""
         return self._unlimited(taken).bound
 
+    def promised(self, taken: Taken) -> float:
+        """Returns seconds that hardly a plan of an assignment goes below."""
+        return max(self.fastest(taken), self._promise(taken).seconds)
+
+    def _promise(self, taken: Taken) -> intra.Promise:
+        if taken not in self._promises:
+            graph = self._restricted(taken)
+            every = range(len(graph.equations))
+            self._promises[taken] = intra.promise(graph, every, self.mesh, self.options)
+        return self._promises[taken]
+
     def seconds(self, taken: Taken) -> tuple[float, ...]:
         """Returns what computing again costs, layer by layer, or of many layers together."""
         again = [k for k, remat in enumerate(taken) if remat is not Remat.NONE]
@@ -276,8 +289,11 @@ class Search:
         return self._plan(taken, replace(self.options, limit=UNLIMITED, regather=False))
 
     def _plan(self, taken: Taken, options: Options) -> ShardingPlan:
-        graph = restrict(self.graph, dict(zip(self.names, taken)))
+        graph = self._restricted(taken)
         return intra.plan(graph, range(len(graph.equations)), self.mesh, options)
+
+    def _restricted(self, taken: Taken) -> Graph:
+        return restrict(self.graph, dict(zip(self.names, taken)))
 
     @property
     def excluded(self) -> bool:
@@ -296,7 +312,9 @@ class Search:
         found = self.visited.get(taken)
         if isinstance(found, ShardingPlan):
             return found.bound
-        return self.fastest(taken) if found is None or found.least is None else math.inf
+        if found is not None and found.least is not None:
+            return math.inf
+        return max(self.fastest(taken), self._promise(taken).bound)
 
     def late(self) -> bool:
         """Whether time is up and there is something to return."""
