@@ -1,6 +1,8 @@
 """solve() as a caller sees it: JSON in both forms, bad input, limits, interrupts, seeds, other solvers."""
 
+import gc
 import gzip
+import itertools
 import json
 import math
 import threading
@@ -26,6 +28,7 @@ from autopar_solver.bench import bench_command, instance_name
 from autopar_solver.cli import solve_command
 from autopar_solver.generate import dense_core, eliminated, large_choices, random_sharding, small_core
 from autopar_solver.json_form import write_whole
+from autopar_solver.presolve import collector_paused
 from autopar_solver.reference import brute_force, tiny_problem
 
 SMALL_PROBLEMS = st.builds(tiny_problem, st.integers(0, 2**48))
@@ -215,3 +218,19 @@ def test_bench_keeps_finished_runs_and_does_not_repeat_them(tmp_path):
     assert "424242" not in CliRunner().invoke(bench_command, [*arguments, "--scale", "0.5"]).output
     kept.write_text("{")
     assert "doesn't hold finished runs" in CliRunner().invoke(bench_command, arguments).output
+
+
+def test_what_is_left_when_the_collector_was_paused_counts_as_old():
+    with collector_paused():
+        kept = [[] for _ in range(10)]
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    old = {id(x) for x in gc.get_objects(generation=2)}
+    assert id(kept) in old and id(kept[-1]) in old
+
+
+def test_the_time_limit_is_of_the_clock_given():
+    problem = dense_core(60)
+    ticks = itertools.count(0.0, 50.0)  # every look at this clock is 50 seconds later
+    found = solve(problem, seconds=100.0, clock=lambda: next(ticks))
+    assert found.seconds >= 100.0

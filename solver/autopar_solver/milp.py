@@ -25,8 +25,8 @@ from autopar_solver.problem import IntArray
 ROWS_AT_ONCE = 15
 COARSE = 1e-7
 SLOWER = 3.0
-"""HiGHS knows the clock on the wall only: so much slower may it be than the caller's, which is looked at where
-HiGHS can be interrupted."""
+"""HiGHS knows the clock on the wall only: so much faster may that go than the caller's, which is looked at
+wherever HiGHS can be interrupted."""
 
 
 @dataclass(frozen=True, eq=False)
