@@ -253,6 +253,10 @@ def _turned(model: Model, local: Local, nbytes: Callable[[Value], int]) -> list[
         step = None if read.site is None or read.site[2] else steps.get(read.site[:2])
         if step is not None and not read.tie and not read.lazy:
             each = local(nbytes(model.value(read.key)), read.target.layouts)
+            if read.target.node == step.node:  # gone before its partial sums are added up
+                size = nbytes(model.value((step.path, step.equation.outputs[0])))
+                later = np.maximum(0, step.ways.resolving[0] - 1) * local(size, step.ways.made[0])
+                each = np.maximum(0, each - later)
             found.append(Item(read.target.node, step.tick, step.tick + 1, each, TURNED, read.key))
     return found
 
