@@ -129,6 +129,7 @@ def test_buckets_are_checked_and_hold_the_longest_sequence():
     with pytest.raises(BadInput, match="no room"):
         Buckets(new=(1024,), tokens=512)
     assert table_buckets(2048, 16) == (32, 128)
+    assert table_buckets(2048, 16, fine=True) == (4, 8, 16, 32, 128)
     assert table_buckets(10, 16) == (1,)
 
 
