@@ -74,12 +74,7 @@ def one_stage(tracer: Tracer, cluster: Cluster, method: OneStage, say: Say) -> M
             return min((made for made in early if made), key=_time)
     best, refused = work.fastest(choices, False if said is None else said)
     if said is None and work.differentiates:
-        short = choices if best is None else tuple(c for c in choices if _is_short(best, c))
-        other, reason = work.recomputing(short)
-        both = [x for x in (best, other) if x is not None]
-        bound = min((x.plan.stages[0].sharding.bound for x in both), default=math.inf)
-        best = min([*both, *work.tried], key=_time, default=None)
-        best = best and _bounded(best, min(bound, work.floor(best)))
+        best, reason = work.or_recomputing(best, choices)
         refused = reason or refused
     if best is None:
         assert refused is not None
@@ -106,10 +101,6 @@ class _Work:
     say: Say
     tried: list[Made] = field(default_factory=list[Made])
     floors: dict[Mesh, float] = field(default_factory=dict[Mesh, float])
-
-    def floor(self, made: Made) -> float:
-        """Returns seconds that no plan on the same mesh goes below, whatever layers compute again."""
-        return self.floors.get(made.plan.stages[0].mesh, math.inf)
 
     @property
     def micro(self) -> int:
@@ -198,6 +189,23 @@ class _Work:
             return None
         return replace(found, memory=replace(found.memory, limit=mesh.device.memory))
 
+    def or_recomputing(
+        self, kept: Made | None, choices: tuple[MeshChoice, ...]
+    ) -> tuple[Made | None, DoesNotFit | None]:
+        """Returns the better of a plan in which nothing is computed again and those in which layers compute
+        again what pays, looked for where it is short of memory."""
+        short = choices if kept is None else tuple(c for c in choices if _is_short(kept, c))
+        other, reason = self.recomputing(short)
+        both = [x for x in (kept, other) if x is not None]
+        bound = min((x.plan.stages[0].sharding.bound for x in both), default=math.inf)
+        best = min([*both, *self.tried], key=_time, default=None)
+        if best is None:
+            return None, reason
+        floor = self.floors.get(best.plan.stages[0].mesh)
+        if floor is not None:  # what was found by looking at all that layers may compute again is as true
+            bound = min(bound, floor) if other is None else max(bound, floor)
+        return _bounded(best, bound), reason
+
     def recomputing(self, choices: tuple[MeshChoice, ...]) -> tuple[Made | None, DoesNotFit | None]:
         """Returns the fastest plan in which layers compute again what pays, or why there is none."""
         best: Made | None = None
@@ -229,7 +237,7 @@ class _Work:
 def _bounded(made: Made, bound: float) -> Made:
     """Returns a plan with the seconds that none is faster than, whatever layers compute again."""
     (stage,) = made.plan.stages
-    sharding = replace(stage.sharding, bound=min(stage.sharding.bound, bound))
+    sharding = replace(stage.sharding, bound=min(stage.sharding.objective, bound))
     return replace(made, plan=replace(made.plan, stages=(replace(stage, sharding=sharding),)))
 
 
