@@ -9,7 +9,7 @@ import pytest
 
 from autopar.bench.plan_cell import STRUCTURE, step_segment
 from autopar.bench.score import peak_bytes
-from autopar.core.graph import Equation, Graph, OpKind, Rule, Value
+from autopar.core.graph import Equation, Graph, OpKind, Phase, Rule, Value
 from autopar.core.mesh import Axis, Device, Mesh
 from autopar.models import catalog
 from autopar.runtime.layout import jax_mesh
@@ -136,6 +136,17 @@ def _passes(*chain: Equation, last: int) -> float:
 
 def view(source: int, to: int) -> Equation:
     return Equation("copy", (source,), (to,), SAME, OpKind.VIEW)
+
+
+def test_what_only_the_caller_waits_for_comes_before_the_backwards_first_product():
+    """A loss (value 3) keeps what it reads (2), unless there is no backward to wait for."""
+    forward = (dot(0, 1, 2), unary(2, 3), unary(2, 4))
+    backward = (unary(4, 5), dot(5, 1, 6), dot(6, 1, 7))
+    backward = tuple(replace(e, phase=Phase.BACKWARD) for e in backward)
+    _, spans = analyse(*forward, *backward, outputs=(3, 7))
+    assert spans.late == {2: 4} and spans.of(((), 2)) == (1, 5, True)
+    _, spans = analyse(*forward, *(replace(e, phase=Phase.FORWARD) for e in backward), outputs=(3, 7))
+    assert not spans.late
 
 
 GPT = {"layers": 2, "sequence": 64, "hidden": 128}

@@ -18,6 +18,7 @@ from autopar.core.graph import Alternative, Combine, Equation, OpKind, Phase, Va
 from autopar.core.plan import Memory
 from autopar.sharding.fusion import Fusion, fuse
 from autopar.sharding.grid import Grid, Layout
+from autopar.sharding.late import late
 from autopar.sharding.model import Home, Key, Model
 from autopar.sharding.moved import Held
 from autopar.sharding.region import Region
@@ -135,6 +136,7 @@ class Spans:
         self.skip: set[Key] = {((), v) for v in region.state} | {((), v) for v, _ in region.ties}
         self.skip |= loop_constants(model)
         self.fusion = fused or fuse(region, model, nbytes)
+        self.late = late(region, model) if region.whole else {}
         self.end = model.ticks if region.microbatches == 1 else last_microbatch_tick(region, model) - 1
         self.last: dict[Key, int] = {}
         self.begun: dict[Key, int] = {}
@@ -179,6 +181,7 @@ class Spans:
             for source in sources - seen:
                 self._use(source, tick, phase, seen | {source}, when)
             return
+        tick = self.late.get(tick, tick)
         apart = when is not None and own != when
         if not apart:
             self.last[key] = max(self.last.get(key, 0), tick)
