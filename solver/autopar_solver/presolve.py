@@ -39,19 +39,13 @@ def presolve(problem: ChoiceProblem, rounds: int = 20) -> Network:
 
 @contextmanager
 def collector_paused() -> Generator[None, None, None]:
-    """Keeps Python from looking for cycles again and again among the many small objects made meanwhile.
-
-    Those that are left count as old: or else it would look through all of them three times right afterwards.
-    """
+    """Keeps Python from looking for cycles again and again among the many small objects made meanwhile."""
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_on:
-            if not gc.get_freeze_count():
-                gc.freeze()
-                gc.unfreeze()  # into the oldest generation
             gc.enable()
 
 
