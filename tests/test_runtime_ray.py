@@ -276,18 +276,41 @@ def test_small_stages_leave_the_large_node_to_the_large_stage(cluster):
         assert len(set(exe.session.pids)) == 3
 
 
-def test_a_stage_that_no_node_is_large_enough_for(cluster, monkeypatch):
-    from autopar.runtime.ray_backend import nodes
-
-    monkeypatch.setattr(nodes, "START", 0.2)
+def large_plan():
+    """A plan that needs as many devices as the cluster of this file has, but too many on one node."""
     plan, traced = perceptron_plan()
     stages = [
         dataclasses.replace(stage, sharding=dataclasses.replace(stage.sharding, mesh=mesh(*sizes)))
         for stage, sizes in zip(plan.stages, ((5, 1), (1,)), strict=True)  # the cluster has 4 + 2
     ]
-    plan = dataclasses.replace(plan, stages=tuple(stages))
+    return dataclasses.replace(plan, stages=tuple(stages)), traced
+
+
+def test_a_stage_that_no_node_is_large_enough_for(cluster, monkeypatch):
+    from autopar.runtime.ray_backend import nodes
+
+    monkeypatch.setattr(nodes, "START", 0.2)
+    plan, traced = large_plan()
     with pytest.raises(BackendError, match=r"stage 0: 5 × slow; .*, each on one node.*in all: \d+ × slow"):
         load(plan, program_of(plan), traced, Ray(platform="cpu"))
+
+
+def test_an_emulated_cluster_that_cannot_grow(cluster, monkeypatch):
+    from autopar.runtime.ray_backend import nodes
+
+    def fail(*args):
+        raise OSError("its nodes did not start")
+
+    plan = large_plan()[0]
+    asking = Nodes(plan, None, True)
+    try:
+        asking.connect()
+        monkeypatch.setattr(nodes, "SETTLE", 0.1)
+        monkeypatch.setattr(nodes._SHARED.emulated, "ask", fail)
+        with pytest.raises(BackendError, match=r"could not be extended \(its nodes did not start\)"):
+            asking.reserve(plan, False)
+    finally:
+        asking.close()
 
 
 def test_a_stage_across_nodes_is_refused():

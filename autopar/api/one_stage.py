@@ -36,14 +36,14 @@ from autopar.stages.offers import Offer
 from autopar.trace.either import Remats
 from autopar.trace.traced import Traced
 
+OneStage: TypeAlias = ShardParallel | Manual | Follow | CreateState
+
 WORTHWHILE = 0.01
 """How much less time has to be possible, as far as is known, for a better plan to be looked for among what
 layers may compute again."""
 
 MUCH = 4.0
 """Times the price of computing again that a byte has to cost before nothing else is tried."""
-
-OneStage: TypeAlias = ShardParallel | Manual | Follow | CreateState
 
 SLOWED = 1.05
 """A plan that needs no more time than so many times what it would need without a limit is not short of

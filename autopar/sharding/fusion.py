@@ -92,13 +92,7 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], timed: bo
 
 def _leaving_bodies(model: Model) -> set[Key]:
     """What the bodies of loops leave: carries and what is stacked."""
-    found = set[Key]()
-    for path in model.scopes:
-        if path:
-            loop = model.scopes[path[:-1]].equations[path[-1]].loop
-            assert loop is not None
-            found.update((path, v) for v in loop.body.outputs if v is not None)
-    return found
+    return {(path, v) for path, loop in model.loops() for v in loop.body.outputs if v is not None}
 
 
 def alternatives(model: Model) -> dict[Key, tuple[tuple[Key, int], ...]]:

@@ -137,7 +137,6 @@ class Spans:
         self.skip |= loop_constants(model)
         self.fusion = fused or fuse(region, model, nbytes)
         self.late = late(region, model) if region.whole else {}
-        self.end = model.ticks if region.microbatches == 1 else last_microbatch_tick(region, model) - 1
         self.last: dict[Key, int] = {}
         self.begun: dict[Key, int] = {}
         self.crossing: set[Key] = set()
@@ -230,11 +229,8 @@ class Reading:
 def loop_constants(model: Model) -> set[Key]:
     """Returns the body inputs that are no slices: they are what the loop was given."""
     found: set[Key] = set()
-    for path in model.scopes:
-        if path:
-            loop = model.scopes[path[:-1]].equations[path[-1]].loop
-            assert loop is not None
-            found.update((path, b) for b in scope_inputs(loop.body.inputs, loop.consts + loop.carries))
+    for path, loop in model.loops():
+        found.update((path, b) for b in scope_inputs(loop.body.inputs, loop.consts + loop.carries))
     return found
 
 

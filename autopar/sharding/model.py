@@ -10,14 +10,14 @@ are computed wherever they are read, in the reader's layout.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from autopar.core.graph import Alternative, Equation, Phase, Value
+from autopar.core.graph import Alternative, Equation, Loop, Phase, Value
 from autopar.sharding.grid import Layout
 from autopar.sharding.strategies import Op, Ways
 
@@ -159,6 +159,14 @@ class Model:
         if owner is not None:
             self.owners[len(self.nodes) - 1] = owner
         return len(self.nodes) - 1
+
+    def loops(self) -> Iterator[tuple[Path, Loop]]:
+        """Yields the loops, each with the path of its body."""
+        for path in self.scopes:
+            if path:
+                loop = self.scopes[path[:-1]].equations[path[-1]].loop
+                assert loop is not None
+                yield path, loop
 
     def owner(self, key: Key) -> Alternative | None:
         """Returns the alternative that a value is part of."""

@@ -60,23 +60,18 @@ def moves_of(region: Region, model: Model, regather: bool) -> Moves:
 def _spans(model: Model) -> Callable[[Site], tuple[int, int] | None]:
     """Returns in which ticks, first and last, an operand is read: a loop reads its constants and what it
     slices as long as it runs, what it carries when it begins."""
-    ticks = {(step.path, step.index): (step.tick, step.tick) for step in model.steps}
-    carries: dict[tuple[Path, int], range] = {}
+    carries = {path: range(loop.consts, loop.consts + loop.carries) for path, loop in model.loops()}
+    spans: dict[Path, tuple[int, int]] = {}
     for step in model.steps:
-        for depth in range(len(step.path)):
-            site = step.path[:depth], step.path[depth]
-            first, last = ticks.get(site, (step.tick, step.tick))
-            ticks[site] = min(first, step.tick), max(last, step.tick)
-    for path in model.scopes:
-        if path:
-            loop = model.scopes[path[:-1]].equations[path[-1]].loop
-            assert loop is not None
-            carries[path[:-1], path[-1]] = range(loop.consts, loop.consts + loop.carries)
+        place = *step.path, step.index
+        for depth in range(1, len(place) + 1):
+            first, last = spans.get(place[:depth], (step.tick, step.tick))
+            spans[place[:depth]] = min(first, step.tick), max(last, step.tick)
 
     def of(site: Site) -> tuple[int, int] | None:
         path, index, operand = site
-        span = ticks.get((path, index))
-        begins = operand in carries.get((path, index), ())
+        span = spans.get((*path, index))
+        begins = operand in carries.get((*path, index), ())
         return (span[0], span[0]) if span and begins else span
 
     return of

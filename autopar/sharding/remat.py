@@ -135,6 +135,7 @@ class Search:
         self.layers = choosing(self.graph)
         self.names = tuple(self.layers)
         self._promises: dict[Taken, intra.Promise] = {}
+        self._graphs: dict[Taken, Graph] = {}
         self.few = math.prod(map(len, self.layers.values())) <= ENUMERATED
         every = layer_kinds(self.graph)
         self.kinds = {name: every[self.graph.layers.index(name)] if name else () for name in self.names}
@@ -293,7 +294,10 @@ class Search:
         return intra.plan(graph, range(len(graph.equations)), self.mesh, options)
 
     def _restricted(self, taken: Taken) -> Graph:
-        return restrict(self.graph, dict(zip(self.names, taken)))
+        """The graph of one assignment: asked for what it promises, then for its plan."""
+        if taken not in self._graphs:
+            self._graphs[taken] = restrict(self.graph, dict(zip(self.names, taken)))
+        return self._graphs[taken]
 
     @property
     def excluded(self) -> bool:

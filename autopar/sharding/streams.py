@@ -43,13 +43,10 @@ def _slices(region: Region, model: Model) -> Iterator[tuple[Key, Home, Phase, in
     written), and put into the stack at last; stacks begin as zeros.
     """
     read, made = _apart(model)
-    for path, scope in model.scopes.items():
-        if not path:
-            continue
-        around, phase = model.scopes[path[:-1]], scope.phase
-        equation = around.equations[path[-1]]
-        loop = equation.loop
-        assert loop is not None and phase is not None
+    for path, loop in model.loops():
+        scope, around = model.scopes[path], model.scopes[path[:-1]]
+        equation, phase = around.equations[path[-1]], scope.phase
+        assert phase is not None
         often, once = (region.times(phase) * trips for trips in (scope.trips, around.trips))
         for b in loop.body.inputs[loop.consts + loop.carries :]:
             if (path, b) in read and (path, b) in model.homes:

@@ -215,12 +215,14 @@ class _Differentiation:
         operands: Sequence[Atom],
         mark: Mark,
         layer: Layer,
-        cotangents: Sequence[Atom] = (),
+        cotangents: Sequence[Atom] | None = None,
     ) -> list[Atom]:
+        """Adds a layer's forward, or the backward that is given these cotangents; returns its results."""
         start = len(self.builder.equations)
         results = inline(self.builder, closed, operands, mark)
         own, known = self.builder.equations[start:], tracebacks(layer.equations)
-        self.builder.equations[start:] = [relocated(own[i], known, layer) for i in sunk(own, cotangents)]
+        order = range(len(own)) if cotangents is None else sunk(own, cotangents)
+        self.builder.equations[start:] = [relocated(own[i], known, layer) for i in order]
         return results
 
     def _total(self, v: Var, mark: Mark) -> Atom:

@@ -157,10 +157,16 @@ class Nodes:
         return [PlacementGroupSchedulingStrategy(group, s) for s in range(len(wanted))]
 
     def _extend(self) -> None:
-        """Adds nodes to the emulated cluster."""
+        """Adds nodes to the emulated cluster. Raises BackendError: they could not start."""
         assert _SHARED.emulated is not None
-        _SHARED.emulated.ask(list(self._needs.values()))
-        _SHARED.emulated.address()
+        try:
+            _SHARED.emulated.ask(list(self._needs.values()))
+            _SHARED.emulated.address()
+        except OSError as error:
+            raise BackendError(
+                f"the emulated Ray cluster could not be extended ({_first_line(error)}); close sessions that "
+                "are not needed any more"
+            ) from None
 
     def _check(self) -> None:
         offered = self.ray.cluster_resources()
