@@ -15,6 +15,7 @@ from autopar.models import catalog
 from autopar.runtime.layout import jax_mesh
 from autopar.runtime.lower import lower
 from autopar.runtime.segments import Compiled
+from autopar.sharding.assemble import read_seconds
 from autopar.sharding.fusion import Fusion
 from autopar.sharding.memory import Spans
 from autopar.sharding.options import Options
@@ -119,6 +120,25 @@ def test_a_kernel_costs_what_it_reads_and_writes_however_many_equations_it_is():
     assert _passes(*summed, last=6) == 7.0, "what a reduction reads is written"
     two = (add(0, 2, 3), unary(3, 4, costly=True), unary(3, 5, costly=True), dot(4, 5, 6))
     assert _passes(*two, last=6) == 6.0, "two kernels each read both operands"
+
+
+def test_what_is_moved_instead_of_computed_inside_is_read_by_every_kernel():
+    """Gathered, it is written by 4 devices and read whole; every further kernel reads it whole, too."""
+    for count in (1, 3):
+        readers = (unary(4, 5 + k, costly=True) for k in range(count))
+        products = (dot(5 + k, 1, 5 + count + k) for k in range(count))
+        many = (dot(0, 1, 2), unary(2, 3), add(0, 3, 4), *readers, *products)
+        values = tuple(Value((SIDE, SIDE), "float32") for _ in range(5 + 2 * count))
+        graph = Graph(values, many, (0, 1), tuple(range(5 + count, 5 + 2 * count)), ("0",), batch=(0,))
+        setting = prepare(extract(graph, range(len(many))), MESH, Options())
+        (read,) = (r for r in setting.model.reads if r.key == ((), 3))
+        assert len(read.kernels) == count
+        rows, whole = read.source.layouts.index(((0,), ())), read.target.layouts.index(((), ()))
+        inside = read_seconds(setting.model, read, setting.grid, setting.nbytes)
+        written = replace(read, kernels=frozenset[int]())
+        more = inside - read_seconds(setting.model, written, setting.grid, setting.nbytes)
+        passes = more[rows, whole] * MESH.device.bandwidth / (4 * SIDE * SIDE)
+        assert passes == pytest.approx(5 / 4 + (count - 1) * 3 / 4)
 
 
 def _passes(*chain: Equation, last: int) -> float:

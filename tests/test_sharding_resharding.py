@@ -62,7 +62,7 @@ def test_hops_lead_there_and_each_is_one_kind_of_move(source: Layout, target: La
 
 def test_a_new_minor_axis_is_a_free_slice_and_a_new_major_one_is_not():
     price = table_for((8, 8), GRID).prices([((1,), ())], [((1, 0), ()), ((0, 1), ())])
-    assert not price[:, 0, 0].any() and price[1, 0, 1] > 0 and price[3, 0, 1] >= 1
+    assert not price[:, 0, 0].any() and price[1, 0, 1] > 0 and price[4, 0, 1] >= 1
 
 
 def test_a_collective_over_two_axes_costs_what_nested_ones_do():

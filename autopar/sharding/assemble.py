@@ -71,11 +71,13 @@ def read_seconds(model: Model, read: Read, grid: Grid, nbytes: Sizes) -> Floats:
     """Returns (choices of the source, choices of the target): seconds per step to move the value."""
     value = model.value(read.key)
     table = table_for(value.shape, grid)
-    fixed, per_byte, apart, count = table.prices(read.source.layouts, read.target.layouts)
+    fixed, per_byte, once, more, count = table.prices(read.source.layouts, read.target.layouts)
     size = nbytes(value)
     if not size:
         return np.zeros_like(fixed)
-    return read.times * (fixed + A_MOVE * count + (per_byte + apart if read.fused else per_byte) * size)
+    if read.kernels:
+        per_byte = per_byte + once + (len(read.kernels) - 1) * more
+    return read.times * (fixed + A_MOVE * count + per_byte * size)
 
 
 def merge(costs: Costs, classes: list[int]) -> Costs:

@@ -41,5 +41,5 @@ def share_reads(model: Model, grid: Grid, region: Region, regather: bool) -> Non
         times = max(model.reads[r].times for r in members)
         for r in members:
             model.reads[r] = replace(model.reads[r], source=offered)
-        fused = any(model.reads[r].fused for r in members)
-        model.reads.append(Read(key, source, offered, phase, times, copy=True, fused=fused))
+        kernels = frozenset[int]().union(*(model.reads[r].kernels for r in members))
+        model.reads.append(Read(key, source, offered, phase, times, copy=True, kernels=kernels))

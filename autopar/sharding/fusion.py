@@ -40,10 +40,12 @@ class Fusion:
     Attributes:
         sources: such a value → the values it is made of (none for what is made of constants).
         kept_for: such a value → ticks of readers for which it is written all the same.
+        inside: tick of what is computed inside of its readers → ticks of the kernels that compute it.
     """
 
     sources: dict[Key, frozenset[Key]] = field(default_factory=dict)
     kept_for: dict[Key, frozenset[int]] = field(default_factory=dict)
+    inside: dict[int, set[int]] = field(default_factory=dict)
 
 
 def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], timed: bool = False) -> Fusion:
@@ -66,7 +68,6 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], timed: bo
         for key, joined in alternatives(model).items():
             for made, tick in joined:
                 read[made] = read[made] - {tick} | read.get(key, set())
-    inside: dict[int, set[int]] = {}  # tick of what is fused → ticks of the kernels that compute it
     for step in sorted(model.steps, key=lambda step: -step.tick):  # readers first
         if kind_of(step.equation) not in INSIDE:
             continue
@@ -75,14 +76,14 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], timed: bo
             if key not in model.homes or key in leaving:
                 continue
             ticks, of = read.get(key, set()), _viewed(step, model, nbytes, v)
-            kernels = {kernel for tick in ticks for kernel in inside.get(tick, {tick})}
+            kernels = {kernel for tick in ticks for kernel in found.inside.get(tick, {tick})}
             big = _big(step, model, nbytes, nbytes(model.value(key)))
             several = max(_readers(model, ticks), _readers(model, kernels)) > 1
             apart = not timed or any(t in hungry or t in reducing or t not in steps for t in ticks)
             if several and (step.equation.costly or (len(big) > 1 and apart)):
                 continue
             found.sources[key] = big
-            inside.setdefault(step.tick, set()).update(kernels)
+            found.inside.setdefault(step.tick, set()).update(kernels)
             if of is None:
                 found.kept_for[key] = frozenset(t for t in ticks if t in hungry or t not in steps)
             else:  # who reads the view reads the value itself
@@ -107,14 +108,16 @@ def alternatives(model: Model) -> dict[Key, tuple[tuple[Key, int], ...]]:
     return found
 
 
-def mark_fused(model: Model, found: Fusion) -> None:
-    """Marks the reads of values that their readers compute themselves (`Read.fused`)."""
+def mark_fused(model: Model, found: Fusion, timed: Fusion) -> None:
+    """Marks the reads of values that their readers compute themselves (`Read.kernels`). timed: what kernels
+    do; found: what is alive."""
     ticks = {(step.path, step.index): step.tick for step in model.steps}
     for r, read in enumerate(model.reads):
         if read.key not in found.sources or read.site is None or read.tie:
             continue
-        if ticks.get(read.site[:2]) not in found.kept_for.get(read.key, frozenset()):
-            model.reads[r] = replace(read, fused=True)
+        tick = ticks.get(read.site[:2], -1)
+        if tick not in found.kept_for.get(read.key, frozenset()):
+            model.reads[r] = replace(read, kernels=frozenset(timed.inside.get(tick, {tick})))
 
 
 def _viewed(step: Step, model: Model, nbytes: Callable[[Value], int], v: int) -> Key | None:

@@ -70,8 +70,8 @@ class Read:
         tie: the value moves to where it is kept from then on.
         lazy: what is really read is a lazy value made of this one.
         copy: the target only offers the value to its readers.
-        fused: the reader computes the value itself where it lies as wanted: moved, it has to be written and
-            read.
+        kernels: ticks of those that compute the value themselves where it lies as wanted: moved, it has to be
+            written, and read by each.
     """
 
     key: Key
@@ -83,7 +83,7 @@ class Read:
     tie: bool = False
     lazy: bool = False
     copy: bool = False
-    fused: bool = False
+    kernels: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,22 +107,25 @@ class Table:
         return self._reach(self.index[source])[self.index[target]]
 
     def prices(self, sources: Sequence[Layout], targets: Sequence[Layout]) -> npt.NDArray[np.float64]:
-        """Returns (4, sources, targets): the fixed seconds, the seconds per byte of the whole tensor, those
-        more that it takes to write and to read what otherwise never reaches memory, and how many collectives.
+        """Returns (5, sources, targets): the fixed seconds, the seconds per byte of the whole tensor, those
+        more that it takes to write and to read what otherwise never reaches memory and those of every further
+        kernel that reads it (`apart`), and how many collectives.
         """
         if not sources or not targets:
-            return np.zeros((4, len(sources), len(targets)))
+            return np.zeros((5, len(sources), len(targets)))
         key = tuple(sources), tuple(targets)
         if key not in self._prices:
             rows = np.stack([self._row(self.index[s]) for s in sources], axis=1)
             self._prices[key] = rows[:, :, [self.index[t] for t in targets]]
         return self._prices[key]
 
-    def apart(self, source: Layout, chain: Sequence[Move]) -> float:
-        """Returns the seconds per byte to write a tensor before it is moved, and to read it afterwards."""
+    def apart(self, source: Layout, chain: Sequence[Move]) -> tuple[float, float]:
+        """Returns the seconds per byte to write a tensor before it is moved and to read it afterwards; and by
+        how much longer every further kernel reads it than what it would make it of."""
         if all(move.kind == SLICE for move in chain):
-            return 0.0
-        return (1 / self.grid.shards(source) + 1 / self.grid.shards(chain[-1].after)) / self.grid.memory
+            return 0.0, 0.0
+        written, read = 1 / self.grid.shards(source), 1 / self.grid.shards(chain[-1].after)
+        return (written + read) / self.grid.memory, max(0.0, read - written) / self.grid.memory
 
     def ordering(self, source: Layout, chain: Sequence[Move]) -> float:
         """Returns the seconds per byte to bring what is sent and received into order (`passes`)."""
@@ -132,11 +135,11 @@ class Table:
 
     def _row(self, source: int) -> npt.NDArray[np.float64]:
         if source not in self._rows:
-            row = np.zeros((4, len(self.layouts)))
+            row = np.zeros((5, len(self.layouts)))
             for target, chain in self._reach(source).items():
-                row[2, target] = self.apart(self.layouts[source], chain)
+                row[2:4, target] = self.apart(self.layouts[source], chain)
                 row[1, target] = self.ordering(self.layouts[source], chain)
-                row[3, target] = sum(move.kind != SLICE for move in chain)
+                row[4, target] = sum(move.kind != SLICE for move in chain)
                 for move in chain:
                     price = collective(self.grid, move.kind, move.axes)
                     row[:2, target] += price.fixed, price.per_byte * move.share

@@ -88,7 +88,7 @@ class Reader:
             have = self.at(read.source) if read.tie else self.out.layouts[read.key]
             if read.site is not None and not read.tie and want != have:
                 self.out.uses[read.site] = want
-            self._move(read.key, have, want, read.phase, read.times, read.fused)
+            self._move(read.key, have, want, read.phase, read.times, len(read.kernels))
 
     def _lazies(self) -> None:
         """Lazy values are made in their first reader's layout and moved to the others'."""
@@ -116,9 +116,7 @@ class Reader:
         phase = scope.phase or scope.equations[lazy.index].phase
         return phase, self.region.times(phase) * scope.trips
 
-    def _move(
-        self, key: Key, have: Layout, want: Layout, phase: Phase, times: int, fused: bool = False
-    ) -> None:
+    def _move(self, key: Key, have: Layout, want: Layout, phase: Phase, times: int, kernels: int = 0) -> None:
         """Counts a change of layout, the first time it happens in a program; of several that begin with the
         same moves a compiler makes these once."""
         group = moved_for(self.region, self.regather, key, phase)
@@ -129,8 +127,9 @@ class Reader:
         size = self.nbytes(value)
         table = table_for(value.shape, self.grid)
         chain = table.chain(have, want)
-        if fused:
-            self.out.seconds[phase] += times * size * table.apart(have, chain)
+        if kernels:
+            once, more = table.apart(have, chain)
+            self.out.seconds[phase] += times * size * (once + (kernels - 1) * more)
         for before, move in zip((have, *(move.after for move in chain)), chain, strict=False):
             hop = key, before, move.after, group
             if hop in self.moved:
