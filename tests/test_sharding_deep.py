@@ -9,8 +9,10 @@ import pytest
 from autopar import value_and_grad
 from autopar.core.graph import Remat
 from autopar.core.mesh import Axis, Device, Mesh
+from autopar.models import catalog
 from autopar.sharding import plan as intra
 from autopar.sharding.alike import share
+from autopar.sharding.assemble import uneven
 from autopar.sharding.mixing import LEAN, Mixer, layers_of
 from autopar.sharding.options import Options
 from autopar.sharding.region import extract
@@ -119,10 +121,13 @@ def test_a_mixture_of_plans_fits_and_is_near_the_optimum_of_all_layers(setting):
 
 def test_more_like_layers_do_not_grow_the_problem_though_each_reads_more_of_the_residual_stream():
     counts = []
-    for depth in (12, 16):
-        graph = captured((64,) * depth, normal=True)
+    for depth in (8, 10):
+        model = catalog.get("gpt-2.6b", batch=8, layers=depth, value_and_grad=value_and_grad)
+        graph = capture(model.step, model.args, assign=assign).graph
         found = prepare(extract(graph, range(len(graph.equations))), MESH, DEEP)
-        costs = found.plain(0.0)
-        streaming = [(node, seconds) for (node, _), seconds in found.model.streaming.items()]
-        counts.append((len(share(costs, streaming).nodes), len(share(costs).nodes)))
-    assert counts[0][0] == counts[1][0] < counts[0][1] < counts[1][1], counts
+        costs, (nodes, edges) = found.plain(0.0), uneven(found.model, found.grid, found.nbytes)
+        kinds = [share(costs, nodes, edges), share(costs, nodes), share(costs, None, edges)]
+        counts.append([len(kind.nodes) for kind in kinds])
+    few, *others = zip(*counts, strict=True)
+    assert few[0] == few[1], counts
+    assert all(few[0] < other[0] < other[1] for other in others), counts

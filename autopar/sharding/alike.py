@@ -10,26 +10,27 @@ layers cost the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from autopar.sharding.assemble import Costs, Floats, merge
+from autopar.sharding.assemble import Costs, Floats, Pair, merge
 
 ROUNDS = 4
 
 
-def share(costs: Costs, streaming: Iterable[tuple[int, Floats]] = ()) -> Costs:
+def share(
+    costs: Costs, nodes: Sequence[Floats] | None = None, edges: Mapping[Pair, Floats] | None = None
+) -> Costs:
     """Returns the costs with like nodes merged.
 
     Args:
-        streaming: (node, seconds per choice), part of its costs that may differ between like ones.
+        nodes, edges: the part of the costs that may differ between like ones (`assemble.uneven`).
     """
-    nodes = list(costs.nodes)
-    for node, seconds in streaming:
-        nodes[node] = nodes[node] - seconds
-    return merge(costs, colours(replace(costs, nodes=tuple(nodes)), ROUNDS))
+    own = costs.nodes if nodes is None else tuple(a - b for a, b in zip(costs.nodes, nodes, strict=True))
+    between = costs.edges | {pair: costs.edges[pair] - seconds for pair, seconds in (edges or {}).items()}
+    return merge(costs, colours(replace(costs, nodes=own, edges=between), ROUNDS))
 
 
 def colours(costs: Costs, rounds: int) -> list[int]:

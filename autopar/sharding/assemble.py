@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import functools
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from autopar.sharding.model import Model, Read
 from autopar.sharding.resharding import table_for
 
 Floats = npt.NDArray[np.float64]
+Pair: TypeAlias = tuple[int, int]
 Sizes = Callable[[Value], int]
 
 
@@ -53,31 +56,56 @@ def assemble(model: Model, grid: Grid, nbytes: Sizes, items: tuple[Item, ...], p
         nodes[node] += seconds
     for item in items:
         nodes[item.node] += (price if item.lasting else 0.0) * item.nbytes + TIE_BREAK * item.nbytes
-    edges: dict[tuple[int, int], Floats] = {}
-    for read in model.reads:
-        a, b = read.source.node, read.target.node
-        seconds = read_seconds(model, read, grid, nbytes)
-        if a == b:
-            nodes[a] += np.diagonal(seconds)
-        elif a < b:
-            edges[a, b] = edges[a, b] + seconds if (a, b) in edges else seconds
-        else:
-            edges[b, a] = edges[b, a] + seconds.T if (b, a) in edges else seconds.T
+    seconds_of = functools.partial(read_seconds, model, grid=grid, nbytes=nbytes)
+    edges = _summed(nodes, ((read, seconds_of(read)) for read in model.reads))
     likes = tuple(node.like for node in model.nodes)
     return Costs(tuple(nodes), edges, items, likes, tuple(range(len(nodes))))
+
+
+def uneven(model: Model, grid: Grid, nbytes: Sizes) -> tuple[list[Floats], dict[Pair, Floats]]:
+    """Returns the part of the costs, of nodes and of edges, in which layers differ that are alike otherwise:
+    what several kernels compute each for themselves is read by all that come later."""
+    nodes = [np.zeros(node.choices) for node in model.nodes]
+    for (node, _), seconds in model.streaming.items():
+        nodes[node] += seconds
+    several = [read for read in model.reads if len(read.kernels) > 1]
+    extra = ((read, _further(model, read, grid, nbytes)) for read in several)
+    return nodes, _summed(nodes, extra)
+
+
+def _summed(nodes: list[Floats], reads: Iterable[tuple[Read, Floats]]) -> dict[Pair, Floats]:
+    """Returns the seconds of reads by pairs of nodes; those within one are added to it."""
+    edges: dict[Pair, Floats] = {}
+    for read, seconds in reads:
+        a, b = read.source.node, read.target.node
+        if a == b:
+            nodes[a] += np.diagonal(seconds)
+            continue
+        pair, seconds = ((a, b), seconds) if a < b else ((b, a), seconds.T)
+        edges[pair] = edges[pair] + seconds if pair in edges else seconds
+    return edges
 
 
 def read_seconds(model: Model, read: Read, grid: Grid, nbytes: Sizes) -> Floats:
     """Returns (choices of the source, choices of the target): seconds per step to move the value."""
     value = model.value(read.key)
-    table = table_for(value.shape, grid)
-    fixed, per_byte, once, more, count = table.prices(read.source.layouts, read.target.layouts)
+    fixed, per_byte, once, _, count = _prices(value, read, grid)
     size = nbytes(value)
     if not size:
         return np.zeros_like(fixed)
-    if read.kernels:
-        per_byte = per_byte + once + (len(read.kernels) - 1) * more
-    return read.times * (fixed + A_MOVE * count + per_byte * size)
+    seconds = read.times * (fixed + A_MOVE * count + (per_byte + once if read.kernels else per_byte) * size)
+    return seconds + _further(model, read, grid, nbytes) if len(read.kernels) > 1 else seconds
+
+
+def _further(model: Model, read: Read, grid: Grid, nbytes: Sizes) -> Floats:
+    """Returns the part of a read's seconds that is for kernels after the first."""
+    value = model.value(read.key)
+    more = _prices(value, read, grid)[3]
+    return (read.times * (len(read.kernels) - 1) * nbytes(value)) * more
+
+
+def _prices(value: Value, read: Read, grid: Grid) -> Floats:
+    return table_for(value.shape, grid).prices(read.source.layouts, read.target.layouts)
 
 
 def merge(costs: Costs, classes: list[int]) -> Costs:

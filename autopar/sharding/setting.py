@@ -17,7 +17,7 @@ from autopar.core.plan import Memory
 from autopar.core.spec import Spec, text
 from autopar.core.stopwatch import section
 from autopar.sharding.alike import share
-from autopar.sharding.assemble import Costs, assemble
+from autopar.sharding.assemble import Costs, assemble, uneven
 from autopar.sharding.build import Builder
 from autopar.sharding.copies import share_reads
 from autopar.sharding.fusion import fuse, mark_fused
@@ -87,7 +87,7 @@ class Setting:
         """Returns costs of the model, like parts merged where that is worth it."""
         if not self.options.share or len(costs.nodes) <= DEEP:
             return costs
-        return share(costs, ((node, seconds) for (node, _), seconds in self.model.streaming.items()))
+        return share(costs, *uneven(self.model, self.grid, self.nbytes))
 
     @property
     def deep(self) -> bool:
