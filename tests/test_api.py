@@ -319,6 +319,31 @@ def test_functions_that_are_not_pure(step, words):
             traced.plan(ARGS[0], batch)
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_key_that_every_micro_batch_splits_alike(stages):
+    """The next key is taken of one micro-batch; what the others make of it is read by nothing."""
+
+    def step(state, x):
+        weights, key = state
+        key, own = jax.random.split(key)
+        noise = jax.random.normal(own, x.shape)
+
+        def loss(weights):
+            return ((jnp.tanh((x + noise) @ weights[0]) @ weights[1]) ** 2).mean()
+
+        value, grads = ap.value_and_grad(loss)(weights)
+        return (jax.tree.map(lambda w, g: w - g, weights, grads), key), value
+
+    weights = tuple(0.1 * jax.random.normal(jax.random.key(k), (16, 16)) for k in range(2))
+    state, x = (weights, jax.random.key(3)), jax.random.normal(jax.random.key(4), (8, 16))
+    (expected, key), loss = jax.jit(step)(state, x)
+    method = ap.Auto(stages=stages, micro_batches=2)
+    (found, next_key), value = parallel(step, method=method)(state, x)
+    assert loss == close(float(value))
+    assert (jax.random.key_data(key) == jax.random.key_data(next_key)).all()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), expected, found)
+
+
 def test_a_step_that_mixes_examples_is_refused_in_micro_batches():
     def step(params, x):
         return jax.tree.map(lambda p: p - (x / x.max()).mean(), params), x.std()

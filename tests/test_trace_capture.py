@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax import lax
@@ -109,6 +110,22 @@ def test_nnx_update_in_place_is_refused() -> None:
 
     with pytest.raises(TraceError, match=r"_capture.py:\d+: it changes model.* in place.*nnx.split"):
         capture(step, (model, X))
+
+
+def test_nnx_optimizer_that_updates_a_merged_module_and_returns_its_state() -> None:
+    both = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split((both, nnx.Optimizer(both, optax.adam(0.1), wrt=nnx.Param)))
+
+    def step(state: Any, x: Any) -> Any:
+        model, optimizer = nnx.merge(graphdef, state)
+        loss, g = nnx.value_and_grad(lambda model: (model(x) ** 2).mean())(model)
+        optimizer.update(model, g)
+        return nnx.state((model, optimizer)), loss
+
+    traced = capture(step, (state, X))
+    assert len(traced.graph.aliases) == len(jax.tree.leaves(state))
+    changed, loss = jax.jit(step)(state, X)
+    assert_same(traced, lambda *_: (changed, loss), state, X)
 
 
 class Layered(eqx.Module):
@@ -351,7 +368,7 @@ def test_side_effects() -> None:
 def test_changes_in_place() -> None:
     def f(batch: Any) -> Any:
         batch["x"] = batch["x"] + 1
-        return batch["x"]
+        return batch["x"].sum()
 
     with pytest.raises(TraceError, match=r"it changes batch\['x'\] in place"):
         capture(f, ({"x": X},))
@@ -361,6 +378,16 @@ def test_changes_in_place() -> None:
 
     with pytest.raises(TraceError, match="it changes an argument's structure in place"):
         capture(g, ({"x": X},))
+
+
+def test_a_function_that_fails_on_a_part_of_the_batch() -> None:
+    def f(x: Any) -> Any:
+        return (x * np.ones((8, 1))).mean()
+
+    with pytest.raises(
+        MixedExamples, match=r"_capture.py:\d+: it runs on the full batch.* TypeError.*microbatches=1"
+    ):
+        capture(f, (X,), microbatches=2)
 
 
 def test_the_functions_own_errors_pass_through() -> None:

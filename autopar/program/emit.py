@@ -136,9 +136,7 @@ class _Emitter:
             groups.setdefault((v not in started, self.facts.combine(v)), []).append(v)
         for (fresh, how), group in groups.items():
             for i in micro:
-                first = fresh and i == micro[0]
-                if how is Combine.LAST and not first:
-                    continue
+                first = how is Combine.LAST or (fresh and i == micro[0])  # the last one's stays
                 scale = 1 / self.plan.microbatches if how is Combine.MEAN else 1.0
                 sums, parts = self.facts.sums(group), tuple([Buffer(v, i) for v in group])
                 self.lists[stage].append(Accumulate(sums, parts, first, scale, how is Combine.CONCAT))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal, Var
 
-from autopar.core.errors import BadInput, MixedExamples
+from autopar.core.errors import AutoparError, BadInput, MixedExamples
 from autopar.core.graph import Graph
 from autopar.trace import boundary, gradient, marks, microbatch, rng_slices
 from autopar.trace.arguments import Call, Tree, shapes, split_call, take_apart
@@ -22,7 +22,7 @@ from autopar.trace.kept import kept_bytes
 from autopar.trace.microbatch import Analysis
 from autopar.trace.rules import RuleBook
 from autopar.trace.scans import CutScans, cut_scans
-from autopar.trace.staging import Staged, definition, stage
+from autopar.trace.staging import Staged, definition, failed_at, stage
 from autopar.trace.state import Roles, roles
 from autopar.trace.traced import Assign, Leaf, Traced
 from autopar.trace.work import flops, nbytes
@@ -226,7 +226,7 @@ def _cut_batch(
     m = step.microbatches
     if m == 1:
         return full, None, None
-    staged = stage(step.fun, step.call, step.tree, _cut_shapes(step))
+    staged = _staged_cut(step)
     micro = _cut_scans(dce(flatten(staged.closed)), layer_scans, batch, rules)
     if micro.inputs != full.inputs:
         raise MixedExamples(
@@ -239,6 +239,21 @@ def _cut_batch(
         return replace(micro, flat=analysis.flat), analysis, None
     sliced = microbatch.slice_rng(analysis.flat, full.flat, m)
     return replace(micro, flat=sliced), analysis, sliced.inputs[-1]
+
+
+def _staged_cut(step: _Step) -> Staged:
+    """Returns the function run on one micro-batch. Raises MixedExamples where it fails on that."""
+    try:
+        return stage(step.fun, step.call, step.tree, _cut_shapes(step))
+    except AutoparError:
+        raise
+    except Exception as error:  # whatever a user's function raises
+        where = failed_at(error) or definition(step.fun) or "the function"
+        raise MixedExamples(
+            f"{where}: it runs on the full batch, but on one of {step.microbatches} micro-batches it raises "
+            f"{type(error).__name__}: {error}; use microbatches=1, or say with batch_argnums which arguments "
+            "are the batch"
+        ) from error
 
 
 def _cut_scans(

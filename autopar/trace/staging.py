@@ -6,7 +6,6 @@ import inspect
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -87,10 +86,10 @@ def stage(fun: Callable[..., Any], call: Call, tree: Tree, shapes: Sequence[Any]
     def on_leaves(*arrays: Any) -> list[Any]:
         arguments = tree.fill(arrays)
         result = call.apply(fun, *arguments)
-        _refuse_changes(tree, call, arguments, arrays, definition(fun))
         apart = take_apart(
             result, lambda path: f"the result{jax.tree_util.keystr(tuple(path))}", definition(fun)
         )
+        _refuse_changes(tree, call, arguments, arrays, apart.arrays, definition(fun))
         results.append(apart)
         return list(apart.arrays)
 
@@ -106,15 +105,16 @@ def stage(fun: Callable[..., Any], call: Call, tree: Tree, shapes: Sequence[Any]
 
 
 def _explained(error: Exception) -> str:
-    where = _line(error.__traceback__)
+    where = failed_at(error)
     for kind, what, remedy in _REMEDIES:
         if isinstance(error, kind):
             return f"{where or 'the function'}: {what}; {remedy}"
     raise AssertionError("only errors of the table come here")
 
 
-def _line(trace: TracebackType | None) -> compat.Line | None:
-    frames = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(trace)]
+def failed_at(error: BaseException) -> compat.Line | None:
+    """Returns the innermost line of the user's that an error came through, None if there is none."""
+    frames = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
     return compat.innermost(reversed(frames))
 
 
@@ -129,15 +129,23 @@ def definition(fun: Callable[..., Any]) -> compat.Line | None:
 
 
 def _refuse_changes(
-    tree: Tree, call: Call, arguments: Any, before: Sequence[Any], where: compat.Line | None
+    tree: Tree,
+    call: Call,
+    arguments: Any,
+    before: Sequence[Any],
+    returned: Sequence[Any],
+    where: compat.Line | None,
 ) -> None:
-    """Raises if the function wrote into its arguments: that would be lost, as it happens on a copy."""
+    """Raises if the function wrote something into its arguments that it does not return: that would be lost,
+    as it happens on a copy."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(arguments)
     old = filled(tree.structure, tree.positions, tree.statics, before)
     if structure != jax.tree.structure(old):
         changed = "an argument's structure"
     else:
-        paths = [path for (path, new), was in zip(leaves, jax.tree.leaves(old)) if new is not was]
+        kept = {id(x) for x in returned}
+        pairs = zip(leaves, jax.tree.leaves(old))
+        paths = [path for (path, new), was in pairs if new is not was and id(new) not in kept]
         if not paths:
             return
         changed = call.describe(paths[0])
