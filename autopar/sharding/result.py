@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -56,9 +57,9 @@ class Reader:
         """Returns what the choice means."""
         self.out.layouts = {key: self.at(home) for key, home in self.model.homes.items()}
         for key in self.model.lazy:
-            wanted = self.model.wanted.get(key)
+            wanted = [self.at(target) for target, _ in self.model.wanted.get(key, ())]
             rank = len(self.model.value(key).shape)
-            self.out.layouts[key] = self.at(wanted[0][0]) if wanted else ((),) * rank
+            self.out.layouts[key] = common(wanted) if wanted else ((),) * rank
         for site, home in self.model.made.items():
             path, i, j = site
             key = path, self.model.scopes[path].equations[i].outputs[j]
@@ -91,7 +92,7 @@ class Reader:
             self._move(read.key, have, want, read.phase, read.times, len(read.kernels))
 
     def _lazies(self) -> None:
-        """Lazy values are made in their first reader's layout and moved to the others'."""
+        """Lazy values are made in a layout of which every reader takes a part."""
         for key, lazy in self.model.lazy.items():
             have = self.out.layouts[key]
             phase, times = self._rhythm(lazy)
@@ -160,6 +161,12 @@ class Reader:
         """Returns the value's id in the region; inside a loop, that of the loop's first result."""
         path, v = key
         return v if not path else self.region.equations[path[0]].outputs[0]
+
+
+def common(layouts: Sequence[Layout]) -> Layout:
+    """Returns the finest layout of which all of these are parts."""
+    dims = zip(*layouts, strict=True)
+    return tuple(tuple(os.path.commonprefix(each)) for each in dims)
 
 
 def loops(out: Outcome, model: Model, grid: Grid, path: Path = ()) -> tuple[LoopLayouts, ...]:
