@@ -17,6 +17,7 @@ from autopar.core.graph import Equation, Phase
 from autopar.core.plan import LoopLayouts, ShardingPlan
 from autopar.core.program import Segment
 from autopar.core.spec import Spec, replicated
+from autopar.runtime import matvec
 from autopar.runtime.layout import JaxMesh, named, on_host, struct
 from autopar.runtime.order import KEEPING_ORDER, joins
 from autopar.sharding.resharding import hops
@@ -113,6 +114,7 @@ class _Target:
         self.jmesh, self.mesh, self.ordered = jmesh, sharding.mesh, ordered
         self.dtypes, self.products = dict(sharding.dtypes), dict(sharding.products)
         self.regather = sharding.regather
+        self.one_host = on_host(jmesh) and jmesh.size == 1
 
     def constrain(self, x: Array, spec: Spec) -> Array:
         return jax.lax.with_sharding_constraint(x, named(self.jmesh, spec)) if spec else x
@@ -127,6 +129,11 @@ class _Target:
         return x
 
     def bind(self, traced: Any, e: int, operands: Sequence[Array]) -> Sequence[Array]:
+        numbers = evaluate.product_of(traced, e) if self.one_host else None
+        if numbers is not None and len(operands) == 2:
+            spread = matvec.product(operands[0], operands[1], numbers)
+            if spread is not None:
+                return [spread]
         return evaluate.bind(traced, e, operands, dtypes=self.dtypes, products=self.products)
 
     def constant(self, x: Array) -> Array:

@@ -26,6 +26,15 @@ def fences(traced: Traced) -> frozenset[int]:
     return frozenset(named)
 
 
+def product_of(traced: Traced, index: int) -> Any:
+    """Returns the dimension numbers of an equation that is a `lax.dot_general` of one dtype, None of another."""
+    equation = traced.equations[index]
+    if equation.primitive.name != "dot_general":
+        return None
+    kinds = {x.aval.dtype for x in (*equation.invars, *equation.outvars)}
+    return equation.params["dimension_numbers"] if len(kinds) == 1 else None
+
+
 def bind(
     traced: Traced,
     index: int,
