@@ -31,7 +31,8 @@ def product_of(traced: Traced, index: int) -> Any:
     equation = traced.equations[index]
     if equation.primitive.name != "dot_general":
         return None
-    kinds = {x.aval.dtype for x in (*equation.invars, *equation.outvars)}
+    avals: list[Any] = [x.aval for x in (*equation.invars, *equation.outvars)]
+    kinds = {aval.dtype for aval in avals}
     return equation.params["dimension_numbers"] if len(kinds) == 1 else None
 
 
