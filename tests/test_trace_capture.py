@@ -385,7 +385,7 @@ def test_a_function_that_fails_on_a_part_of_the_batch() -> None:
         return (x * np.ones((8, 1))).mean()
 
     with pytest.raises(
-        MixedExamples, match=r"_capture.py:\d+: it runs on the full batch.* TypeError.*microbatches=1"
+        MixedExamples, match=r"_capture.py:\d+: it runs on the full batch.* TypeError.*micro_batches=1"
     ):
         capture(f, (X,), microbatches=2)
 

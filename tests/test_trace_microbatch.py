@@ -99,7 +99,7 @@ def refused(step, state, batch, m=4):
     with pytest.raises(MixedExamples) as error:
         in_microbatches(step, state, batch, m)
     message = str(error.value)
-    assert "microbatches=1" in message
+    assert "micro_batches=1" in message
     return message
 
 

@@ -230,7 +230,7 @@ def _cut_batch(
     micro = _cut_scans(dce(flatten(staged.closed)), layer_scans, batch, rules)
     if micro.inputs != full.inputs:
         raise MixedExamples(
-            "a scan over layers for the full batch is none for a micro-batch; use layer_scans=False"
+            "a scan over layers for the full batch is none for a micro-batch; use micro_batches=1"
         )
     starts = list(itertools.accumulate(full.inputs, initial=0))
     pieces = [starts[i] for i in batch]  # of the batch nothing is cut by layers
@@ -251,8 +251,8 @@ def _staged_cut(step: _Step) -> Staged:
         where = failed_at(error) or definition(step.fun) or "the function"
         raise MixedExamples(
             f"{where}: it runs on the full batch, but on one of {step.microbatches} micro-batches it raises "
-            f"{type(error).__name__}: {error}; use microbatches=1, or say with batch_argnums which arguments "
-            "are the batch"
+            f"{type(error).__name__}: {error}; use micro_batches=1, or say which arguments are the batch "
+            "(batch_argnums)"
         ) from error
 
 
@@ -269,7 +269,7 @@ def _cut_shapes(step: _Step) -> list[jax.ShapeDtypeStruct]:
     m = step.microbatches
     if not any(step.role.batch):
         raise BadInput(
-            f"microbatches={m}, but no argument was recognised as the batch (arrays that agree on a leading "
+            f"micro_batches={m}, but no argument was recognised as the batch (arrays that agree on a leading "
             f"dim of at least {m}); say which with batch_argnums"
         )
     cut = []
@@ -277,7 +277,7 @@ def _cut_shapes(step: _Step) -> list[jax.ShapeDtypeStruct]:
         if is_batch and s.shape[0] % m:
             raise BadInput(
                 f"{path} has {s.shape[0]} examples, which {m} micro-batches do not divide; "
-                f"choose a batch that is a multiple of {m} or other microbatches"
+                f"choose a batch that is a multiple of {m} or another number of micro_batches"
             )
         shape = (s.shape[0] // m, *s.shape[1:]) if is_batch else s.shape
         cut.append(jax.ShapeDtypeStruct(shape, s.dtype, weak_type=s.weak_type))

@@ -23,7 +23,7 @@ from autopar.trace.rng_slices import slice_rng
 __all__ = ["Analysis", "analyse", "slice_rng"]
 
 _REMEDY = (
-    "micro-batches would give another result than the full batch. Use microbatches=1, or write the step so "
+    "micro-batches would give another result than the full batch. Use micro_batches=1, or write the step so "
     "that the loss is a mean or a sum of one value per example"
 )
 
@@ -154,7 +154,7 @@ def _unlike(a: JaxprEqn, b: JaxprEqn | None) -> MixedExamples:
     return MixedExamples(
         f"{compat.line_of(a) or 'the step'}: {a.primitive.name} for the full batch has {other} for "
         "a micro-batch, so the function depends on the batch size (batches of one are often special). "
-        "Use fewer micro-batches, or microbatches=1"
+        "Use fewer micro-batches, or micro_batches=1"
     )
 
 

@@ -102,7 +102,7 @@ def _with_index(builder: Builder, equation: JaxprEqn, whole: JaxprEqn, m: int, i
     if name not in _REMAT:
         raise NotImplementedError(
             f"{compat.line_of(equation) or name}: random numbers per example are drawn inside {name}; "
-            "draw them before it, or use microbatches=1"
+            "draw them before it, or use micro_batches=1"
         )
     held, other = compat.closed(equation.params["jaxpr"]), compat.closed(whole.params["jaxpr"])
     inner, constants = _inner(held, other, m)
