@@ -13,6 +13,7 @@ import pytest
 from jax.experimental import io_callback
 
 import autopar as ap
+from autopar.api.planning import candidates
 from autopar.core.errors import (
     AutoparError,
     BackendError,
@@ -342,6 +343,17 @@ def test_a_key_that_every_micro_batch_splits_alike(stages):
     assert loss == close(float(value))
     assert (jax.random.key_data(key) == jax.random.key_data(next_key)).all()
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), expected, found)
+
+
+@pytest.mark.parametrize(
+    ("batch", "counts"), [(64, [1, 2, 4, 8, 16, 32, 64]), (63, [1, 3, 7, 21, 63]), (7, [1, 7]), (1, [1])]
+)
+def test_numbers_of_micro_batches_that_are_tried(batch, counts):
+    """Every one divides the batch; where nothing fits, all greater ones are tried."""
+    found = {}
+    for micro in candidates(batch, 1, found):
+        found[micro] = DoesNotFit("too big")
+    assert list(found) == counts
 
 
 def test_a_step_that_mixes_examples_is_refused_in_micro_batches():

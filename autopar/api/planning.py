@@ -102,7 +102,7 @@ def _auto(tracer: Tracer, cluster: Cluster, method: Auto, say: Say) -> Made:
         return _fitting(tracer, cluster, method, method.micro_batches, say)
     found: dict[int, Made | Exception] = {}
     began = time.monotonic()
-    for micro in _candidates(tracer.batch(), _likely(tracer, cluster), found):
+    for micro in candidates(tracer.batch(), _likely(tracer, cluster), found):
         try:
             found[micro] = _fitting(tracer, cluster, method, micro, say)
         except (DoesNotFit, MixedExamples) as error:
@@ -136,15 +136,18 @@ def _likely(tracer: Tracer, cluster: Cluster) -> int:
     return max(1, int(tracer.prepared(1).flops / rate / WORTHWHILE))
 
 
-def _candidates(batch: int, first: int, found: Mapping[int, Made | Exception]) -> Iterator[int]:
-    """Yields powers of two that divide the batch: downhill from `first`, then from the best, until none
-    is better.
+def candidates(batch: int, first: int, found: Mapping[int, Made | Exception]) -> Iterator[int]:
+    """Yields divisors of the batch, each at least twice the one before: downhill from `first`, then from the
+    best, until none is better.
 
     More micro-batches make the bubble smaller and activations fewer, but each less efficient, so that
     the time falls
     and then grows. A count that does not fit asks for more of them.
     """
-    counts = [1 << k for k in range(batch.bit_length()) if batch % (1 << k) == 0]
+    counts = [1]
+    for n in range(2, batch + 1):
+        if batch % n == 0 and n >= 2 * counts[-1]:
+            counts.append(n)
     at = max(i for i, n in enumerate(counts) if n <= first)
 
     def time_of(i: int) -> float:
