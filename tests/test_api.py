@@ -266,6 +266,16 @@ def test_arguments_that_do_not_suit(cluster, method, args, error, words):
         parallel(cluster=cluster, method=method).plan(*args)
 
 
+@pytest.mark.parametrize("transformed", [jax.jit, jax.vmap, jax.grad], ids=["jit", "vmap", "grad"])
+def test_a_parallelized_step_inside_of_what_jax_transforms(transformed):
+    step = parallel(lambda x: (x[0] * 2).sum())
+    words = r"was called inside jax.jit.* \(x\[0\] has no value there\).*call it from plain Python"
+    for _ in range(2):
+        with pytest.raises(TraceError, match=words):
+            transformed(lambda x: step([x]))(jnp.ones(8))
+        assert float(step([jnp.ones(8)])) == 16.0  # and so it does when it is compiled
+
+
 def test_options_that_do_not_suit():
     with pytest.raises(BadInput, match="takes a function, got int"):
         ap.parallelize(3)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import core
 
 from autopar import cluster as room
 from autopar.api.cluster import Cluster
@@ -16,7 +17,7 @@ from autopar.api.methods import Auto, CreateState, Follow, Manual, Method, Shard
 from autopar.api.plan import Plan
 from autopar.api.planning import Made, Say, make
 from autopar.api.tracing import Tracer, known_traces
-from autopar.core.errors import BadInput
+from autopar.core.errors import BadInput, TraceError
 from autopar.runtime import executable
 from autopar.runtime.backend import Backend
 from autopar.runtime.executable import Executable
@@ -207,7 +208,22 @@ class Parallelized:
             for name, value in statics:
                 _refuse_unhashable(name, value)
         leaves, tree = jax.tree.flatten((args, kwargs))
+        if any(isinstance(leaf, core.Tracer) for leaf in leaves):
+            raise _traced(self.function, args, kwargs)
         return tree, tuple(map(_leaf_key, leaves)), statics
+
+
+def _traced(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> TraceError:
+    """Returns the error for a step that is called by a function that JAX transforms."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    path = next(path for path, leaf in leaves if isinstance(leaf, core.Tracer))
+    name = getattr(function, "__name__", "the step")
+    which = split_call(function, args, kwargs).describe(path)
+    return TraceError(
+        f"{name} was called inside jax.jit, jax.grad, jax.vmap or a loop of jax.lax ({which} has no value "
+        "there); a parallelized step runs on its cluster by itself: call it from plain Python, or "
+        "parallelize the function around it"
+    )
 
 
 def _refuse_unhashable(name: Any, value: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import core
 
 from autopar.core.errors import BadInput
 from autopar.core.program import Buffer, Program
@@ -96,7 +97,7 @@ class Feeder:
         """Returns whether these are arrays of the traced shapes and types."""
         return all(
             x.shape == shape and x.dtype == dtype and not x.is_deleted()
-            if isinstance(x, jax.Array)
+            if isinstance(x, jax.Array) and not isinstance(x, core.Tracer)
             else type(x) is np.ndarray and x.shape == shape and x.dtype == dtype
             for x, (shape, dtype) in zip(batch, self._expected, strict=True)
         )
