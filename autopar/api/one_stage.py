@@ -156,8 +156,25 @@ class _Work:
             found, enough = self._everywhere(remat, choice, free)
         except DoesNotFit:
             return None
-        self.tried.append(_bounded(found, free.bound))
+        floor = self._floor(kept, choice, found, free) if enough and remat is Remat.FULL else free.bound
+        self.tried.append(_bounded(found, floor))
         return self.tried[-1] if enough else None
+
+    def _floor(self, kept: Traced, choice: MeshChoice, found: Made, free: ShardingPlan) -> float:
+        """Returns seconds that no plan goes below in which like layers compute the same again: either they
+        keep products, or everything is computed again.
+
+        Args:
+            kept: nothing is computed again. found: everything is. free: of `kept`, if memory did not matter.
+        """
+        own: ShardingPlan = found.plan.stages[0].sharding
+        unlimited = self._free(found.traced, choice) or own
+        over = max(1, unlimited.memory.peak - own.memory.limit)
+        price = max(0.0, own.objective - unlimited.objective) / over
+        graph, mesh = kept.graph, choice.mesh
+        options = stage_options(graph, mesh, _fixed(self.method, kept, mesh))
+        keeping = intra.keeping(graph, range(len(graph.equations)), mesh, options, price)
+        return max(free.bound, min(own.bound, keeping))
 
     def _everywhere(self, remat: Remat, choice: MeshChoice, free: ShardingPlan) -> tuple[Made, bool]:
         """Returns the plan in which every layer takes an alternative, and whether that is good enough.

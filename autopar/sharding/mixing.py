@@ -19,8 +19,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from autopar.core.graph import OpKind, Phase
 from autopar.sharding.assemble import Costs, Floats
-from autopar.sharding.memory import BY, Item
+from autopar.sharding.memory import BY, STATE, Item
 from autopar.sharding.model import Model
 from autopar.sharding.setting import Setting
 from autopar.sharding.solving import Solved, minimise
@@ -46,6 +47,9 @@ the second share of the time. How they rise until a plan fits."""
 
 ROUNDS = 8
 """Prices tried at most; the hull has few corners near the limit."""
+
+BOUNDS = 4
+"""Prices tried at most for a bound alone."""
 
 NONE_FITS = Solved(None, math.inf, -math.inf, "unknown")
 
@@ -103,6 +107,23 @@ class Mixer:
             self._another(free, first, found)
         best = min(found, key=lambda each: each.objective)
         return replace(best, bound=max(each.bound for each in found))
+
+    def bound(self, free: Choice, price: float) -> float:
+        """Returns seconds that no plan that fits goes below, by prices of what is alive when `free` needs
+        most. price: the first one."""
+        weights, best = self._weights(self._worst(free)), -math.inf
+        fast, lean = self._point(free, weights), None
+        for _ in range(BOUNDS):
+            found, below = self._at(price, weights)
+            if found is None or below <= best * (1 + NEAR):
+                break
+            best = max(best, below)
+            fast, lean = (found, lean) if found.nbytes > self.limit else (fast, found)
+            if lean is None:
+                price *= 2
+            elif fast.nbytes > lean.nbytes:
+                price = max(0.0, lean.seconds - fast.seconds) / (fast.nbytes - lean.nbytes)
+        return best
 
     def _another(self, free: Choice, tick: int, found: list[Solved]) -> bool:
         """Returns whether another time than this binds the last mixture found, and one at prices of that time
@@ -275,6 +296,28 @@ def mixed(setting: Setting, price: float, limit: int) -> Solved:
         return minimise(costs, None, patience, setting.options.gap)
 
     return Mixer.of(setting, merged, plain, limit, solve, thorough=whole).run(free.chosen)
+
+
+def keeping_products(setting: Setting, price: float, limit: int) -> float:
+    """Returns seconds that no plan within a limit goes below that keeps the results of products, whatever
+    else it computes again: their bytes, and those of state, have a price, and computing again none.
+
+    Args:
+        setting: nothing is computed again. price: seconds per byte. limit: bytes.
+    """
+    free = setting.free(0.0)
+    if free.chosen is None:
+        return -math.inf
+    ahead = (step for step in setting.model.steps if step.phase is Phase.FORWARD)
+    products = (step for step in ahead if step.equation.kind is OpKind.CONTRACTION)
+    made = {(step.path, v) for step in products for v in step.equation.outputs}
+    items = [item for item in setting.items if item.role == STATE or item.key in made]
+
+    def solve(costs: Costs) -> Solved:
+        return minimise(costs, None, setting.options.seconds, setting.options.gap)
+
+    mixer = Mixer.of(setting, setting.costs(0.0), setting.plain(0.0), limit, solve)
+    return replace(mixer, items=items).bound(free.chosen, price)
 
 
 def layers_of(model: Model) -> list[int | None]:

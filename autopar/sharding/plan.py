@@ -14,6 +14,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
 from autopar.core.spec import Spec
 from autopar.sharding.limited import WATCHED, fitting, leanest
+from autopar.sharding.mixing import keeping_products
 from autopar.sharding.options import Options
 from autopar.sharding.region import Region, extract, region_key
 from autopar.sharding.result import Reader, loops, specs_of, triples
@@ -157,6 +158,19 @@ def promise(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options
         return Promise(free.bound, free.bound)
     watched = squeeze(setting, limit, setting.options.seconds, ceiling=0.0)
     return Promise(watched.promise, watched.seconds)
+
+
+def keeping(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options, price: float) -> float:
+    """Returns seconds that no plan within the limit goes below that keeps the results of products, whatever
+    else it computes again.
+
+    Args:
+        graph: nothing is computed again. equations, mesh, options: as for `plan`. price: of a byte, in
+            seconds; any gives a bound.
+    """
+    keyed = _keyed(Same(graph), tuple(equations))
+    setting = _prepared(keyed, mesh, replace(canonical(options, keyed.region), regather=False))
+    return keeping_products(setting, price, limit_of(setting.options, mesh))
 
 
 def _planned(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
