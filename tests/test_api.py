@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ import pytest
 from jax.experimental import io_callback
 
 import autopar as ap
-from autopar.api.planning import candidates
+from autopar.api import planning
+from autopar.api.counts import candidates
+from autopar.api.exact import Made
 from autopar.core.errors import (
     AutoparError,
     BackendError,
@@ -364,6 +367,26 @@ def test_numbers_of_micro_batches_that_are_tried(batch, counts):
     for micro in candidates(batch, 1, found):
         found[micro] = DoesNotFit("too big")
     assert list(found) == counts
+
+
+@pytest.mark.parametrize(
+    ("bubble", "tight", "again", "recomputes"),
+    [(0.4, True, 0.9, True), (0.4, True, 1.1, False), (0.1, True, 0.9, False), (0.4, False, 0.9, False)],
+    ids=["faster", "slower", "busy", "roomy"],
+)
+def test_where_memory_makes_devices_wait_recomputing_is_tried(monkeypatch, bubble, tight, again, recomputes):
+    _, plan = planned()
+    memory = replace(plan.stages[0].sharding.memory, limit=1 if tight else 1 << 60)
+    stage = plan.stages[0]
+    stages = (replace(stage, sharding=replace(stage.sharding, memory=memory)),)
+    kept = Made(replace(plan, stages=stages, bubble=bubble, step_time=1.0, notes=()), None)
+    other = Made(replace(kept.plan, step_time=again), None)
+    monkeypatch.setattr(planning, "_fitting", lambda *_: kept)
+    monkeypatch.setattr(planning, "_pipeline", lambda *_: other)
+    tracer = SimpleNamespace(prepared=lambda micro: SimpleNamespace(differentiates=True))
+    found = planning.make(tracer, EIGHT, ap.Auto(micro_batches=2), print)
+    assert found.plan.step_time == (again if recomputes else 1.0)
+    assert any("a step takes 1000 ms" in note for note in found.plan.notes) == recomputes
 
 
 def test_a_step_that_mixes_examples_is_refused_in_micro_batches():

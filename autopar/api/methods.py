@@ -52,10 +52,11 @@ class Auto:
     """Everything chosen: stages and their devices by the stage program, shardings by the ILP.
 
     Attributes:
-        micro_batches: per step; None tries powers of two and keeps the fastest plan that fits.
+        micro_batches: per step; None tries divisors of the batch and keeps the fastest plan that fits.
         schedule: "1f1b" or "gpipe".
         stages: exactly so many pipeline stages; None: as many as is best.
-        remat: see `RematOption`; None: everything, if nothing fits otherwise.
+        remat: see `RematOption`; None: everything, if nothing fits otherwise or devices wait
+            because memory is short.
         layers: how many layers to cluster a model into that does not name its own.
         whole_nodes: every stage takes whole nodes, so that a worker never shares its machine.
     """

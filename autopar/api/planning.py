@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from autopar import stages
 from autopar.api.along import along, is_pipelined
+from autopar.api.counts import best_of
 from autopar.api.exact import GAP, SECONDS, Made, Say, exact, timed
 from autopar.api.methods import (
     Auto,
@@ -25,7 +25,7 @@ from autopar.api.one_stage import one_stage
 from autopar.api.tracing import Tracer
 from autopar.cluster import Cluster, MeshChoice, submeshes
 from autopar.core import plan as nouns
-from autopar.core.errors import DoesNotFit, MixedExamples, StalePlan
+from autopar.core.errors import DoesNotFit, StalePlan
 from autopar.core.graph import Graph, Remat
 from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
@@ -51,8 +51,8 @@ recomputed without trying to keep them: a pipeline holds several micro-batches a
 WORTHWHILE = 0.05
 """Seconds of work for all devices that make a micro-batch worth its latencies."""
 
-PATIENCE = 25.0
-"""Seconds after which no further number of micro-batches is tried."""
+IDLE = 0.15
+"""Share of idle time from which on a plan that is short of memory is compared with one that recomputes."""
 
 
 def make(tracer: Tracer, cluster: Cluster, method: Method, say: Say) -> Made:
@@ -95,38 +95,39 @@ def _manual(tracer: Tracer, cluster: Cluster, plan: nouns.Plan) -> Made:
 
 
 def _auto(tracer: Tracer, cluster: Cluster, method: Auto, say: Say) -> Made:
-    """The best over micro-batch counts; recomputing as the method says, or where nothing fits without."""
+    """The best over micro-batch counts; recomputing as the method says, or where nothing fits without, or
+    where what fits leaves devices idle."""
     tracer.layers = method.layers
     tracer.stages = method.stages or _least(method)
+    kept = _counted(tracer, cluster, method, lambda m: _fitting(tracer, cluster, method, m, say))
+    if method.remat is not None or not _squeezed(tracer, kept.plan):
+        return kept
+    try:
+        again = _counted(tracer, cluster, method, lambda m: _pipeline(tracer, cluster, method, m, True, say))
+    except DoesNotFit:
+        return kept
+    if again.plan.step_time >= kept.plan.step_time:
+        return kept
+    note = (
+        "activations are recomputed in the backward pass; kept, devices wait for each other and a step takes "
+        f"{1e3 * kept.plan.step_time:.4g} ms"
+    )
+    return Made(replace(again.plan, notes=(note, *again.plan.notes)), again.traced)
+
+
+def _counted(tracer: Tracer, cluster: Cluster, method: Auto, plan: Callable[[int], Made]) -> Made:
+    """The best over numbers of micro-batches, or that of the number which the method says."""
     if method.micro_batches is not None:
-        return _fitting(tracer, cluster, method, method.micro_batches, say)
-    found: dict[int, Made | Exception] = {}
-    began = time.monotonic()
-    for micro in candidates(tracer.batch(), _likely(tracer, cluster), found):
-        try:
-            found[micro] = _fitting(tracer, cluster, method, micro, say)
-        except (DoesNotFit, MixedExamples) as error:
-            found[micro] = error
-        if time.monotonic() - began > PATIENCE and any(isinstance(x, Made) for x in found.values()):
-            break
-    return _best(found)
+        return plan(method.micro_batches)
+    return best_of(tracer.batch(), _likely(tracer, cluster), plan)
 
 
-def _best(found: dict[int, Made | Exception]) -> Made:
-    made = {micro: x for micro, x in found.items() if isinstance(x, Made)}
-    if not made:
-        errors = [x for x in found.values() if isinstance(x, Exception)]
-        short = [x for x in errors if isinstance(x, DoesNotFit)]
-        raise min(short, key=lambda x: x.missing or math.inf) if short else errors[0]
-    best = min(made.values(), key=lambda x: x.plan.step_time)
-    if len(found) == 1:
-        return best
-    tried = ", ".join(
-        f"{m} ({1e3 * made[m].plan.step_time:.4g} ms)" if m in made else f"{m} (no)" for m in sorted(found)
-    )
-    return Made(
-        replace(best.plan, notes=(*best.plan.notes, f"numbers of micro-batches tried: {tried}")), best.traced
-    )
+def _squeezed(tracer: Tracer, plan: nouns.Plan) -> bool:
+    """Whether a plan that computes nothing again is so short of memory that devices wait for each other."""
+    if plan.bubble < IDLE or any(remat is not Remat.NONE for _, remat in plan.remat):
+        return False
+    tight = any(stage.sharding.memory.tight for stage in plan.stages)
+    return tight and tracer.prepared(plan.microbatches).differentiates
 
 
 def _likely(tracer: Tracer, cluster: Cluster) -> int:
@@ -134,40 +135,6 @@ def _likely(tracer: Tracer, cluster: Cluster) -> int:
     half = max((dtype for dtype, _ in cluster.nodes[0].device.flops), key=cluster.nodes[0].device.rate)
     rate = sum(node.count * node.device.rate(half) for node in cluster.nodes)
     return max(1, int(tracer.prepared(1).flops / rate / WORTHWHILE))
-
-
-def candidates(batch: int, first: int, found: Mapping[int, Made | Exception]) -> Iterator[int]:
-    """Yields divisors of the batch, each at least twice the one before: downhill from `first`, then from the
-    best, until none is better.
-
-    More micro-batches make the bubble smaller and activations fewer, but each less efficient, so that
-    the time falls
-    and then grows. A count that does not fit asks for more of them.
-    """
-    counts = [1]
-    for n in range(2, batch + 1):
-        if batch % n == 0 and n >= 2 * counts[-1]:
-            counts.append(n)
-    at = max(i for i, n in enumerate(counts) if n <= first)
-
-    def time_of(i: int) -> float:
-        result = found.get(counts[i])
-        return result.plan.step_time if isinstance(result, Made) else math.inf
-
-    yield counts[at]
-    for step in (1, -1):
-        here = at
-        while 0 <= here + step < len(counts):
-            if counts[here + step] not in found:
-                yield counts[here + step]
-            if step == 1 and math.isinf(time_of(here)):
-                here += 1
-            elif time_of(here + step) < time_of(here):
-                here += step
-            else:
-                break
-        if here != at:
-            return
 
 
 def _fitting(tracer: Tracer, cluster: Cluster, method: Auto, micro: int, say: Say) -> Made:

@@ -81,7 +81,9 @@ def main() -> None:
 )
 @click.option("--batch", type=click.IntRange(min=1), help="examples per step (built-in models)")
 @click.option("--sequence", type=click.IntRange(min=1), help="tokens per example (built-in language models)")
-@click.option("--micro-batches", type=click.IntRange(min=1), help="per step; the default tries powers of two")
+@click.option(
+    "--micro-batches", type=click.IntRange(min=1), help="per step; the default tries divisors of the batch"
+)
 @click.option(
     "--stages", type=click.IntRange(min=1), help="exactly so many pipeline stages; the default chooses"
 )
@@ -89,7 +91,8 @@ def main() -> None:
 @click.option(
     "--remat/--no-remat",
     default=None,
-    help="recompute what layers keep for their backward pass; the default does if nothing fits otherwise",
+    help="recompute what layers keep for their backward pass; the default does if nothing fits otherwise, or "
+    "if devices would wait",
 )
 @click.option(
     "--json", "json_path", metavar="FILE", help="write the plan as JSON; - prints it instead of the table"
