@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -56,10 +55,22 @@ def assemble(model: Model, grid: Grid, nbytes: Sizes, items: tuple[Item, ...], p
         nodes[node] += seconds
     for item in items:
         nodes[item.node] += (price if item.lasting else 0.0) * item.nbytes + TIE_BREAK * item.nbytes
-    seconds_of = functools.partial(read_seconds, model, grid=grid, nbytes=nbytes)
-    edges = _summed(nodes, ((read, seconds_of(read)) for read in model.reads))
+    edges = _summed(nodes, _each_read(model, grid, nbytes))
     likes = tuple(node.like for node in model.nodes)
     return Costs(tuple(nodes), edges, items, likes, tuple(range(len(nodes))))
+
+
+def _each_read(model: Model, grid: Grid, nbytes: Sizes) -> Iterator[tuple[Read, Floats]]:
+    """Yields every read with its seconds; reads that are alike, those of like layers say, share an array."""
+    known: dict[Hashable, Floats] = {}
+    for read in model.reads:
+        value = model.value(read.key)
+        # layouts by identity: they are held by the model, and many
+        columns = id(read.source.layouts), id(read.target.layouts)
+        key = value.shape, value.dtype, *columns, read.times, len(read.kernels)
+        if key not in known:
+            known[key] = read_seconds(model, read, grid, nbytes)
+        yield read, known[key]
 
 
 def uneven(model: Model, grid: Grid, nbytes: Sizes) -> tuple[list[Floats], dict[Pair, Floats]]:

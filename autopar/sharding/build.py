@@ -43,7 +43,7 @@ class Builder:
     def __init__(self, region: Region, grid: Grid, device: Device, options: Options):
         self.region, self.grid, self.device, self.options = region, grid, device, options
         self.kept = dict(options.dtypes)
-        self.itemsizes: dict[str, int] = {}
+        self.sizes: dict[int, tuple[Value, int]] = {}
         self.products = dict(options.products)
         self.ties = dict(region.ties)
         self.pinned = {v for v, _ in options.pinned}
@@ -78,9 +78,11 @@ class Builder:
     # values
     def nbytes(self, value: Value) -> int:
         """Returns the bytes of a value in the element type that this stage keeps it in."""
-        if value.dtype not in self.itemsizes:
-            self.itemsizes[value.dtype] = itemsize(self.kept.get(value.dtype, value.dtype))
-        return value.size * self.itemsizes[value.dtype]
+        known = self.sizes.get(id(value))  # asked for so often that hashing the value would take long
+        if known is None or known[0] is not value:
+            known = value, value.size * itemsize(self.kept.get(value.dtype, value.dtype))
+            self.sizes[id(value)] = known
+        return known[1]
 
     def layouts(self, shape: tuple[int, ...]) -> tuple[Layout, ...]:
         return table_for(shape, self.grid).layouts
