@@ -104,7 +104,6 @@ class FakeRunner:
     fail_wait: str = ""
     transfers: int = 0
     copied: int = 0
-    rests: int = 0
     chained: int = 0
     closed: bool = False
     steps: list[tuple[int, int, int]] = field(default_factory=list)
@@ -181,9 +180,6 @@ class FakeRunner:
         self.pool[targets] = self.pool[sources]
         self.contexts[targets] = self.contexts[sources]
         self.copied += len(pairs)
-
-    def rest(self) -> None:
-        self.rests += 1
 
     def close(self) -> None:
         self.closed = True

@@ -83,9 +83,6 @@ class Story:
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         pass
 
-    def rest(self) -> None:
-        pass
-
     def close(self) -> None:
         pass
 

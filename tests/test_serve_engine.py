@@ -299,17 +299,6 @@ def test_figures_add_up(engine):
     assert found.blocks_held == 0 and found.blocks == 32
 
 
-def test_the_model_may_rest_when_nothing_runs_and_not_before(engine):
-    hold(engine)
-    assert not engine.runner.rests
-    engine.runner.gate.set()
-    wait_until(lambda: engine.runner.rests == 1)
-    cancelled = engine.submit(Request((2,), Sampling(max_tokens=60, ignore_eos=True)))
-    next(iter(cancelled))
-    cancelled.cancel()
-    wait_until(lambda: engine.runner.rests == 2)
-
-
 def test_best_of_returns_the_likeliest_whatever_order_they_end_in(engine):
     made = Sampling(max_tokens=6, n=5, seed=3, logprobs=0)
     totals, texts = {}, {}

@@ -59,9 +59,6 @@ class PlainRunner:
         pairs = np.array(pairs, np.int32)
         self._cache = self._module.DECODER.copy_blocks(self._cache, pairs[:, 0], pairs[:, 1])
 
-    def rest(self):
-        pass
-
     def close(self):
         pass
 

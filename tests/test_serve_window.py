@@ -116,19 +116,43 @@ def test_copied_blocks_are_seen_and_the_cache_is_complete(model):
     driver.check()
 
 
-def test_a_window_that_was_freed_is_filled_again(model):
+def test_a_window_is_filled_again_in_the_memory_it_had(model):
     driver = Driver(model._runner)
     driver.prefill(0, PROMPTS[2])
     driver.prefill(1, PROMPTS[1])
     driver.decode(3)
-    before = sum(x.nbytes for x in jax.live_arrays())
-    driver.runner.rest()
-    freed = before - sum(x.nbytes for x in jax.live_arrays())
-    window = jax.tree.leaves(model.setup.served.window(Shape(8, 1, 3, window=True)))
-    assert freed == sum(x.size * 4 for x in window)
+    window = driver.runner._windows._held
+    before = places(window)
+    driver.runner.copy([(1, 9)])
+    driver.tables[0, 0] = 9
+    assert driver.runner._windows._held is None
     driver.decode(3)
     driver.check()
     assert driver.windowed == 2 + 2
+    assert places(window) == before
+
+
+def test_one_window_at_a_time_has_memory(model):
+    driver = Driver(model._runner)
+    driver.prefill(0, PROMPTS[0])
+    driver.prefill(1, PROMPTS[1])
+    driver.decode(3)
+    first = driver.runner._windows._held
+    assert held_by(first)
+    driver.decode(3, greedy=True)
+    assert driver.runner._windows._held is not first and not held_by(first)
+
+
+def held_by(window):
+    """The arrays that a window has now."""
+    session = window.loaded.session
+    found = [session.fetcher(stage, [buffer])()()[0] for stage, _, buffer, _ in window._moves]
+    return [x for x in found if x is not None]
+
+
+def places(window):
+    """Where that is in memory."""
+    return {part.data.unsafe_buffer_pointer() for x in held_by(window) for part in x.addressable_shards}
 
 
 def test_greedy_steps_do_without_logits_and_others_go_on_from_them(model):

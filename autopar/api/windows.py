@@ -40,18 +40,19 @@ class Window:
         ]
 
     def enter(self, tables: Array, held: Array) -> None:
-        """Fills it with what the cache has of the step's rows.
+        """Fills it with what the cache has of the step's rows, in the memory that it had before, if any.
 
         Args:
             tables: int32 `[rows, blocks]`. held: int32 `[rows]`, tokens that are there.
         """
         session = self.loaded.session
-        for stage, pool, window, fill in self._moves:
-            (source,) = session.fetcher(stage, [pool])()()
-            session.load(stage, {window: fill(source, tables, held)}, donate=True)
+        for stage, pool, window, (fill, refill) in self._moves:
+            source, before = (session.fetcher(stage, [buffer])()()[0] for buffer in (pool, window))
+            now = fill(source, tables, held) if before is None else refill(before, source, tables, held)
+            session.load(stage, {window: now}, donate=True)
 
-    def leave(self) -> None:
-        """Drops what it holds."""
+    def drop(self) -> None:
+        """Frees its memory."""
         session: Any = self.loaded.session
         for stage, _, window, _ in self._moves:
             session.drop(stage, [window])
@@ -65,7 +66,7 @@ class Window:
 
     def _filling(
         self, rows_of: Callable[..., Any], shape: Shape, stage: int, pool: Buffer, window: Buffer
-    ) -> Callable[..., Array]:
+    ) -> tuple[Callable[..., Array], Callable[..., Array]]:
         session: Any = self.loaded.session
         slot = session.slot(stage, pool)
         source = jax.ShapeDtypeStruct(
@@ -77,12 +78,23 @@ class Window:
 @functools.cache
 def _filling(
     rows_of: Callable[..., Any], pool: jax.ShapeDtypeStruct, sizes: tuple[int, int], layout: Any
-) -> Callable[..., Array]:
-    """The compiled `(pool, tables, held) -> window` of one layer's keys or values; many layers share it."""
+) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """Two compiled functions that make the window of one layer's keys or values; many layers share them.
+
+    Returns:
+        `(pool, tables, held) -> window`, and `(window before, pool, tables, held) -> window` in its memory:
+        new memory has to be cleared by the system, which takes longer than to fill it.
+    """
     everywhere = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec())
 
     def ints(*sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=everywhere)
 
-    fill = jax.jit(lambda *args: rows_of(*args), out_shardings=layout)
-    return fill.lower(pool, ints(*sizes), ints(sizes[0])).compile()
+    def refill(before: Array, *args: Array) -> Array:
+        return rows_of(*args)
+
+    args = pool, ints(*sizes), ints(sizes[0])
+    fill = jax.jit(lambda *args: rows_of(*args), out_shardings=layout).lower(*args)
+    window = jax.ShapeDtypeStruct(fill.out_info.shape, fill.out_info.dtype, sharding=layout)
+    again = jax.jit(refill, out_shardings=layout, donate_argnums=0, keep_unused=True)
+    return fill.compile(), again.lower(window, *args).compile()

@@ -89,10 +89,6 @@ class Runner(Protocol):
         """Copies KV blocks, (from, to) each, before the next step: forks part at a half-full block."""
         ...
 
-    def rest(self) -> None:
-        """Frees what only speeds up steps that follow each other: nothing runs or waits now."""
-        ...
-
     def close(self) -> None:
         """Stops what runs and drops the weights and blocks."""
         ...

@@ -155,7 +155,6 @@ class Core:
             assert self.scheduler.idle, "nothing runs although requests wait"
         if self.idle:
             self.delivery.deliver()  # there is no next step to do it beside
-            self.runner.rest()
 
     def _start(self, step: Step) -> None:
         started = time.monotonic()

@@ -177,10 +177,6 @@ class CompiledRunner:
             ends[: len(now)] = now
             self.programs.compiled(size)([np.ascontiguousarray(ends[:, 0]), np.ascontiguousarray(ends[:, 1])])
 
-    def rest(self) -> None:
-        """Frees the window of decode steps, of a few hundred megabytes."""
-        self._windows.forget()
-
     def close(self) -> None:
         """Stops what runs and drops the weights and blocks."""
         if not self._closed:

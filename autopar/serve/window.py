@@ -43,7 +43,7 @@ class Windows:
     """Chooses between a step that gathers blocks and the one that goes on from a window of its rows.
 
     The first step of a group of rows gathers, the second fills a window, those that follow go on from it.
-    There is one window at a time.
+    There is one window at a time; its memory is kept until another one is filled.
 
     Args:
         programs: of the model.
@@ -58,7 +58,8 @@ class Windows:
         self._tokens = tokens if local and one and programs.served.has_windows else 0
         self._compiled: dict[Shape, Window] = {}
         self._last: _Rows | None = None
-        self._held: Window | None = None  # what the last step left
+        self._filled: Window | None = None  # the one that has memory
+        self._held: Window | None = None  # the same, if it holds what the last step left
 
     def shapes(self, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
         """Returns the steps in windows that go with those of these shapes."""
@@ -76,9 +77,8 @@ class Windows:
         self._compiled[shape] = Window(self._programs, shape)
 
     def forget(self) -> None:
-        """Notes that something else writes to the cache, or that nothing goes on; the window is freed."""
-        self._last = None
-        self._leave()
+        """Notes that something else writes to the cache."""
+        self._last = self._held = None
 
     def step(self, shape: Shape, arrays: tuple[Ints, Ints, Ints, Ints], greedy: bool) -> Loaded | None:
         """Returns the step that goes on from a window with this batch, None if none does.
@@ -95,15 +95,11 @@ class Windows:
         wanted = shape._replace(window=True)
         window = (greedy and self._compiled.get(wanted._replace(greedy=True))) or self._compiled.get(wanted)
         if window is None or last is None or not last.lead_to(self._last):
-            self._leave()
+            self._held = None
             return None
         if self._held is not window:
-            self._leave()
+            if self._filled is not None and self._filled is not window:
+                self._filled.drop()
             window.enter(tables, positions)
-            self._held = window
+            self._filled = self._held = window
         return window.loaded
-
-    def _leave(self) -> None:
-        if self._held is not None:
-            self._held.leave()
-            self._held = None
