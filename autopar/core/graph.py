@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -229,6 +230,11 @@ class Graph:
             for v in dict.fromkeys(equation.operands):
                 uses.setdefault(v, []).append(i)
         return uses
+
+    @functools.cached_property
+    def readers(self) -> dict[int, list[int]]:
+        """`consumers()`, made once for all regions of the graph; not to be changed."""
+        return self.consumers()
 
     def check(self) -> None:
         """Raises AssertionError unless ids are in range, every value is made once and before it is read."""

@@ -98,14 +98,10 @@ def _ties(graph: Graph, number: dict[int, int], made: set[int]) -> list[tuple[in
 
 
 def _read_outside(graph: Graph, indices: tuple[int, ...], made: set[int]) -> set[int]:
-    inside = {*indices}
-    return {
-        v
-        for i, equation in enumerate(graph.equations)
-        if i not in inside
-        for v in equation.operands
-        if v in made
-    }
+    if len(indices) == len(graph.equations):
+        return set()
+    inside, readers = {*indices}, graph.readers
+    return {v for v in made if v in readers and not inside.issuperset(readers[v])}
 
 
 def _renumber(equation: Equation, number: dict[int, int]) -> Equation:
