@@ -40,7 +40,8 @@ def donate(instructions: Sequence[Instruction]) -> list[Instruction]:
     for instruction in reversed(instructions):
         match instruction:
             case Run(inputs=inputs, outputs=outputs):
-                positions = tuple(k for k, b in enumerate(inputs) if heir.get(b) and heir[b] in outputs)
+                made = {*outputs}
+                positions = tuple(k for k, b in enumerate(inputs) if heir.get(b) in made)
                 found.append(replace(instruction, donated=positions))
             case _:
                 found.append(instruction)
