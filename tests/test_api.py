@@ -389,6 +389,20 @@ def test_where_memory_makes_devices_wait_recomputing_is_tried(monkeypatch, bubbl
     assert any("a step takes 1000 ms" in note for note in found.plan.notes) == recomputes
 
 
+def test_gradients_per_example_are_planned_in_one_micro_batch():
+    """Clipped one by one (DP-SGD), they are no gradient of a micro-batch: two cannot be planned, one can."""
+
+    def step(w, x):
+        gradients = jax.vmap(jax.grad(lambda w, x: jnp.tanh(x @ w).sum()), (None, 0))(w, x)
+        norms = jnp.sqrt((gradients**2).sum((1, 2)))
+        return w - (gradients / norms[:, None, None]).mean(0), norms.mean()
+
+    w, x = jax.random.normal(jax.random.key(0), (16, 8)), jax.random.normal(jax.random.key(1), (8, 16))
+    auto = parallel(step, method=ap.Auto())
+    assert auto.plan(w, x).microbatches == 1
+    np.testing.assert_allclose(auto(w, x)[0], jax.jit(step)(w, x)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_a_step_that_mixes_examples_is_refused_in_micro_batches():
     def step(params, x):
         return jax.tree.map(lambda p: p - (x / x.max()).mean(), params), x.std()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from autopar.api.exact import Made
-from autopar.core.errors import DoesNotFit, MixedExamples
+from autopar.core.errors import DoesNotFit, MixedExamples, PlanError
 
 Found: TypeAlias = dict[int, Made | Exception]
 """Number of micro-batches → the plan with so many, or why there is none."""
@@ -25,14 +25,14 @@ def best_of(batch: int, first: int, plan: Callable[[int], Made]) -> Made:
         batch: examples per step. first: a number to begin with. plan: plans for one number.
 
     Raises:
-        DoesNotFit, MixedExamples: there is a plan for none of them.
+        PlanError, MixedExamples: there is a plan for none of them.
     """
     found: Found = {}
     began = time.monotonic()
     for micro in candidates(batch, first, found):
         try:
             found[micro] = plan(micro)
-        except (DoesNotFit, MixedExamples) as error:
+        except (PlanError, MixedExamples) as error:
             found[micro] = error
         if time.monotonic() - began > PATIENCE and any(isinstance(x, Made) for x in found.values()):
             break
