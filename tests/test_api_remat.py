@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 import autopar as ap
+from autopar.api.tracing import Tracer
 from autopar.core.errors import BadInput, DoesNotFit, UnknownName
-from autopar.core.graph import Remat
+from autopar.core.graph import OpKind, Remat
+from autopar.sharding.restrict import choosing
+from autopar.stages.forward import END
 from tests.steps import EIGHT, alone, assert_equal, case, run
 
 
@@ -42,6 +45,38 @@ def test_as_asked_for(name, remat, again, tmp_path):
     plan.save(tmp_path / "plan.json")
     assert ap.Plan.load(tmp_path / "plan.json").remat == plan.remat
     step.close()
+
+
+def headed(params, batch):
+    """A layer before a head that is as much wider."""
+
+    def loss(params):
+        x = batch
+        for i, p in enumerate(params[:-1]):
+            with jax.named_scope(f"Layer_{i}"):
+                x = x + jnp.tanh(jnp.exp(-jnp.square(x @ p)) @ p.T)
+        return jnp.mean(jnp.square(jnp.exp(x @ params[-1])))
+
+    value, gradient = ap.value_and_grad(loss)(params)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), value
+
+
+@pytest.mark.parametrize(("width", "apart"), [(96, True), (16, False)])
+def test_a_wide_head_is_a_layer_of_its_own(width, apart):
+    shapes = [(32, 64), (32, 64), (32, width)]
+    args = [jax.ShapeDtypeStruct(s, "float32") for s in shapes], jax.ShapeDtypeStruct((256, 32), "float32")
+    tracer = Tracer(headed, args, {}, ending=True)
+    graph = tracer(1, {END: (Remat.NONE, Remat.FULL), "*": tuple(Remat)}).graph
+    assert graph.layers == ("Layer_0", "Layer_1", *([END] if apart else []))
+    assert choosing(graph).get(END) == ((Remat.NONE, Remat.FULL) if apart else None)
+    wide = [
+        e
+        for e in graph.equations
+        if e.kind is OpKind.CONTRACTION and width in graph.values[e.outputs[0]].shape
+    ]
+    assert {graph.layers[e.layer] for e in wide} == {END if apart else "Layer_1"}
+    tracer.ending = False
+    assert tracer(1, tuple(Remat)).graph.layers == ("Layer_0", "Layer_1")
 
 
 def wide_layers(params, batch):

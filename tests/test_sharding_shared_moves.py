@@ -11,7 +11,7 @@ from autopar.core.graph import Phase, Value
 from autopar.core.mesh import Axis, Device, Mesh
 from autopar.sharding.grid import grid_of
 from autopar.sharding.resharding import hops
-from autopar.sharding.result import Reader
+from autopar.sharding.result import Reader, common
 
 MESH = Mesh(
     Device("test", 1 << 34, 1e12, (("float32", 1e13),), 1e11),
@@ -39,6 +39,15 @@ def test_what_two_readers_need_first_is_counted_once():
     assert len(other.collectives) == len(both.collectives) == 2 and len(one.collectives) == 1
     assert both.seconds == other.seconds
     assert read(TURNED, GATHERED).seconds == other.seconds
+
+
+def test_what_is_made_wherever_it_is_read_needs_no_collective():
+    """A lazy value that readers want in several layouts is made in one of which each takes a part."""
+    fine, coarse = ((0, 1), ()), ((0,), ())
+    assert common([fine, coarse]) == common([coarse, fine]) == coarse
+    assert common([fine]) == fine and common([fine, ((1,), (0,))]) == ((), ())
+    spec = grid_of(MESH).spec
+    assert all(hops(spec(coarse), spec(x), SHAPE, MESH) == (spec(x),) for x in (fine, ((0,), (1,))))
 
 
 def test_a_compiler_makes_it_once():

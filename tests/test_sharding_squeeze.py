@@ -14,6 +14,7 @@ from autopar import value_and_grad
 from autopar.core.errors import DoesNotFit
 from autopar.core.mesh import Axis, Device, Mesh
 from autopar.sharding import plan as intra
+from autopar.sharding.lowered import attempts, bounded, expected
 from autopar.sharding.moments import moments_of
 from autopar.sharding.options import Options
 from autopar.sharding.region import extract
@@ -80,6 +81,24 @@ def test_every_choice_of_a_small_program(every):
         assert best_of.least <= min(peak for _, peak in judged)
         if best_of.fastest is not None:
             assert best_of.fastest.peak <= limit and best_of.fastest.seconds >= best_of.seconds * (1 - 1e-6)
+
+
+def test_the_integer_program_bounds_every_choice_and_finds_good_ones(every):
+    setting, found = every
+    setting = replace(setting, known={})
+    moments = moments_of(setting)
+    judged = [(seconds, setting.memory(chosen).peak) for seconds, chosen in found]
+    for _, chosen in found[::25]:
+        assert sum(moments.timelines(chosen)).max() == setting.memory(chosen).peak
+    peaks = sorted({peak for _, peak in judged})
+    assert bounded(setting, peaks[0] // 2) == expected(setting, peaks[0] // 2) == math.inf
+    near = 0
+    for limit in peaks[:: max(1, len(peaks) // 6)]:
+        best = min(seconds for seconds, peak in judged if peak <= limit)
+        assert bounded(setting, limit) <= best * (1 + 1e-6)
+        seen = [moments.see(x) for x in attempts(moments, limit, moments.timelines(found[0][1])[0] * 0)]
+        near += any(s.peak <= limit and s.seconds <= 1.02 * best for s in seen)
+    assert near >= 3
 
 
 def test_what_is_proven_not_to_fit_does_not():

@@ -32,6 +32,7 @@ from autopar.sharding import pins
 from autopar.sharding import plan as intra
 from autopar.sharding import remat as layers
 from autopar.sharding.restrict import choosing
+from autopar.stages.forward import END
 from autopar.stages.offers import Offer
 from autopar.trace.either import Remats
 from autopar.trace.traced import Traced
@@ -115,7 +116,7 @@ class _Work:
     ) -> tuple[Made | None, DoesNotFit | BadInput | None]:
         """Returns the fastest plan that fits, or why there is none."""
         # whole scans are planned once for all layers; only what layers recompute needs them apart
-        self.tracer.layer_scans = remat not in (False, Remat.NONE)
+        self.tracer.layer_scans, self.tracer.ending = remat not in (False, Remat.NONE), False
         traced = self.tracer(self.micro, remat)
         _check_names(remat, traced)
         best: Made | None = None
@@ -142,7 +143,7 @@ class _Work:
         hardly longer than a plan that needs not fit, or memory is dearer than computing anything again. None
         where nothing has to be computed again, or what has to be is not known so easily.
         """
-        self.tracer.layer_scans = False
+        self.tracer.layer_scans, self.tracer.ending = False, False
         kept = self.tracer(self.micro, False)
         if any(e.loop is not None for e in kept.graph.equations):  # cut into layers, they are other steps
             return None
@@ -150,6 +151,8 @@ class _Work:
         if free is None or free.memory.peak <= free.memory.limit:
             return None
         self.floors[choice.mesh] = free.bound
+        if len(Remat) ** len(kept.graph.layers) <= layers.ENUMERATED:
+            return None  # all that layers may compute again is soon looked at
         half = free.memory.state + free.memory.activations // 2
         remat = Remat.PRODUCTS if half <= choice.mesh.device.memory else Remat.FULL
         try:
@@ -182,10 +185,11 @@ class _Work:
         Args:
             free: with nothing computed again, if memory did not matter.
         """
-        self.tracer.layer_scans = True
-        traced = self.tracer(self.micro, remat)
+        self.tracer.layer_scans, self.tracer.ending = True, True
+        every = _with_the_end(remat)
+        traced = self.tracer(self.micro, every)
         self.say(f"sharding over {choice.mesh}, recomputing {layers.WORDS[remat]}")
-        found = self._planned(traced, choice, remat)
+        found = self._planned(traced, choice, every)
         own: ShardingPlan = found.plan.stages[0].sharding
         unlimited = self._free(traced, choice) or own
         again = max(0.0, unlimited.objective - free.objective)
@@ -239,8 +243,8 @@ class _Work:
         return best, None if best else refused
 
     def _recomputing(self, choice: MeshChoice) -> Made:
-        self.tracer.layer_scans = True
-        every = self.tracer(self.micro, tuple(Remat))
+        self.tracer.layer_scans, self.tracer.ending = True, True
+        every = self.tracer(self.micro, _with_the_end(tuple(Remat)))
         if not choosing(every.graph):
             raise DoesNotFit("no layer keeps anything for its backward pass that could be computed again")
         pinned = _fixed(self.method, every, choice.mesh)
@@ -249,6 +253,14 @@ class _Work:
         found = self._planned(self.tracer(self.micro, remat), choice, remat)
         found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, chosen.text())))
         return _bounded(found, chosen.bound)
+
+
+def _with_the_end(remat: Remat | tuple[Remat, ...]) -> Remats:
+    """Returns that all layers recompute so; what follows the last keeps everything or nothing: its products
+    are what takes most."""
+    several = remat if isinstance(remat, tuple) else (remat,)
+    end = tuple(r for r in several if r is not Remat.PRODUCTS) or (Remat.NONE,)
+    return {END: end, "*": remat}
 
 
 def _bounded(made: Made, bound: float) -> Made:

@@ -32,6 +32,7 @@ from autopar.core.plan import ShardingPlan
 from autopar.sharding import plan as intra
 from autopar.sharding.options import Options as ShardingOptions
 from autopar.sharding.region import signature
+from autopar.stages.forward import END
 from autopar.stages.offers import Offer, Replacements, replacements
 from autopar.trace.either import Remats
 from autopar_solver.presolve import collector_paused
@@ -80,7 +81,7 @@ def make(tracer: Tracer, cluster: Cluster, method: Method, say: Say) -> Made:
 
 def _manual(tracer: Tracer, cluster: Cluster, plan: nouns.Plan) -> Made:
     tracer.layer_scans = plan.layer_scans
-    tracer.layers = len(plan.layers)
+    tracer.layers, tracer.ending = len(plan.layers), END in plan.layers
     traced = tracer(plan.microbatches, dict(plan.remat))
     if traced.fingerprint != plan.model:
         raise StalePlan(

@@ -66,6 +66,7 @@ class Tracer:
         layers: how many layers to cluster an unnamed model into, or None.
         stages: how many stages will be asked for, at least; an unnamed model gets as many layers.
         layer_scans: whether scans over layers are cut into layers, so that stages can be made of them.
+        ending: whether what follows the last named layer may be a layer of its own.
         traces: what is known already.
     """
 
@@ -78,6 +79,7 @@ class Tracer:
     layers: int | None = None
     layer_scans: bool = True
     stages: int = 1
+    ending: bool = False
     traces: Traces = field(default_factory=Traces)
 
     def __post_init__(self) -> None:
@@ -86,12 +88,12 @@ class Tracer:
     def __call__(self, microbatches: int, remat: Remats) -> Traced:
         """Returns the trace. Raises TraceError, MixedExamples, BadInput."""
         named = tuple(sorted(remat.items())) if isinstance(remat, Mapping) else remat
-        key = (microbatches, self.layer_scans, self.layers, self.stages, named)
+        key = (microbatches, self.layer_scans, self.layers, self.stages, self.ending, named)
         known = self.traces.known
         if key not in known:
             prepared = self.prepared(microbatches)
             with section("graph"):
-                completed = partial(assign, layers=self.layers, least=self.stages)
+                completed = partial(assign, layers=self.layers, least=self.stages, ending=self.ending)
                 known[key] = finish(prepared, assign=completed, remat=remat)
         return known[key]
 

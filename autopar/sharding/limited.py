@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from autopar.core.errors import DoesNotFit, PlanError
 from autopar.sharding.assemble import Costs, assemble
+from autopar.sharding.lowered import SMALL
 from autopar.sharding.memory import STATE
 from autopar.sharding.mixing import LEAN, mixed
-from autopar.sharding.moments import moments_of
+from autopar.sharding.moments import moments_of, remember
 from autopar.sharding.solving import Solved, least_peak, minimise
-from autopar.sharding.squeeze import BRANCHED, Squeezed, remember, squeeze
+from autopar.sharding.squeeze import Squeezed, squeeze
 from autopar.sharding.text import gigabytes
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _searched(setting: Setting, price: float, limit: int) -> Solved:
     watched = squeeze(setting, limit, setting.options.seconds, setting.options.ceiling)
     if watched.seconds == math.inf:
         raise refusal(setting, limit, watched)
-    if watched.promise >= setting.options.ceiling or (watched.fastest and nodes <= BRANCHED):
+    if watched.promise >= setting.options.ceiling or (watched.fastest and nodes <= SMALL):
         return _as_found(setting, limit, watched)
     return _best(setting, limit, watched, apart=nodes <= APART)
 

@@ -52,7 +52,8 @@ class Moments:
     """What is alive when on one device, for every choice.
 
     Attributes:
-        ticks: how many there are. costs: seconds.
+        ticks: how many there are. costs: seconds, and the bytes of single choices.
+        whole: of these, what is certain to be there as a whole.
         likely: bytes, as far as single choices and pairs of them say.
     """
 
@@ -65,8 +66,8 @@ class Moments:
         self._cut: dict[tuple[int, int], npt.NDArray[np.bool_]] = {}
         resolving = self._resolving()
         self.likely = [*map(self._alive, self._items), *resolving, *self._moved(sharing=True)]
-        whole = (self._alive(item) for item in self._items if id(item) not in self._divisible)
-        self._certain = [*whole, *resolving, *self._moved(sharing=False)]
+        self.whole = tuple(item for item in self._items if id(item) not in self._divisible)
+        self._certain = [*map(self._alive, self.whole), *resolving, *self._moved(sharing=False)]
 
     def see(self, chosen: Chosen) -> Seen:
         """Returns what a choice needs."""
@@ -122,6 +123,17 @@ class Moments:
             steps[t.start] += used
             steps[min(t.stop, self.ticks)] -= used
         return np.cumsum(steps)[:-1]
+
+    def timelines(self, chosen: Chosen) -> tuple[Floats, Floats]:
+        """Returns the bytes at every tick that a choice really takes: of single choices, and beside them."""
+        found = [np.zeros(self.ticks + 2) for _ in range(2)]
+        single = ((item.start, item.stop, item.nbytes[chosen[item.node]]) for item in self._items)
+        beside = ((held.start, held.stop, held.nbytes) for held in self.setting.held(chosen))
+        for steps, each in zip(found, (single, beside), strict=True):
+            for start, stop, nbytes in each:
+                steps[min(start, self.ticks)] += nbytes
+                steps[min(stop, self.ticks + 1)] -= nbytes
+        return np.cumsum(found[0])[:-1], np.cumsum(found[1])[:-1]
 
     # what is alive
     def _span(self, item: Item) -> tuple[int, int]:
@@ -210,3 +222,16 @@ def moments_of(setting: Setting) -> Moments:
     if "moments" not in setting.known:
         setting.known["moments"] = Moments(setting)
     return setting.known["moments"]
+
+
+def known_of(setting: Setting) -> dict[Chosen, Seen]:
+    """Returns the choices looked at, under any limit."""
+    return setting.known.setdefault("seen", {})
+
+
+def remember(setting: Setting, chosen: Chosen) -> Seen:
+    """Returns what a choice needs that was found elsewhere; later limits find it, too."""
+    seen = known_of(setting)
+    if chosen not in seen:
+        seen[chosen] = moments_of(setting).see(chosen)
+    return seen[chosen]

@@ -14,13 +14,14 @@ from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
 from autopar.core.spec import Spec
 from autopar.sharding.limited import WATCHED, fitting, leanest
+from autopar.sharding.lowered import expected, fastest_known
 from autopar.sharding.mixing import keeping_products
 from autopar.sharding.options import Options
 from autopar.sharding.region import Region, extract, region_key
 from autopar.sharding.result import Reader, loops, specs_of, triples
 from autopar.sharding.setting import Setting, canonical, check_options, limit_of, pinned, prepare
 from autopar.sharding.solving import Solved
-from autopar.sharding.squeeze import promised, squeeze
+from autopar.sharding.squeeze import promised, proven
 
 DEFAULT = Options()
 
@@ -142,22 +143,31 @@ def _below(keyed: _Keyed, mesh: Mesh, options: Options) -> list[ShardingPlan]:
 
 
 class Promise(NamedTuple):
-    """seconds: hardly a plan within the limit takes less. bound: no plan that keeps gathered state does."""
+    """Seconds that hardly a plan within the limit takes less than, and that none does which keeps gathered
+    state: infinite where none fits. found: those of a plan, infinite where none is known yet."""
 
     seconds: float
     bound: float
+    found: float
 
 
-def promise(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options) -> Promise:
-    """Returns what can be expected of the plan with these arguments, which is found out much faster."""
+def promise(
+    graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options, thorough: bool = False
+) -> Promise:
+    """Returns what can be expected of the plan with these arguments, which is found out much faster.
+
+    thorough: whether some time is spent on the bound.
+    """
     keyed = _keyed(Same(graph), tuple(equations))
     own = replace(canonical(options, keyed.region), regather=bool(options.regather))
     setting = _prepared(keyed, mesh, own)
     limit, free = limit_of(setting.options, setting.mesh), setting.free(setting.options.memory_price)
-    if free.chosen is None or len(setting.model.nodes) > WATCHED or setting.memory(free.chosen).peak <= limit:
-        return Promise(free.bound, free.bound)
-    watched = squeeze(setting, limit, setting.options.seconds, ceiling=0.0)
-    return Promise(watched.promise, watched.seconds)
+    if free.chosen is None or setting.memory(free.chosen).peak <= limit:
+        return Promise(free.bound, free.bound, free.objective if free.chosen else math.inf)
+    patience = setting.options.seconds if thorough and len(setting.model.nodes) <= WATCHED else 0.0
+    bound = proven(setting, limit, patience)
+    seconds = max(free.bound, expected(setting, limit))
+    return Promise(seconds, max(free.bound, bound), fastest_known(setting, limit))
 
 
 def keeping(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options, price: float) -> float:
@@ -215,10 +225,12 @@ def _kept_or_moved(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
     if setting.deep and kept.gap <= FAR:
         return kept
     ceiling = min(kept.objective, options.ceiling)
-    if promised(setting, limit_of(options, mesh)) > FARTHER * ceiling:
-        return kept
+    other = _prepared(keyed, mesh, replace(again, ceiling=ceiling))
+    limit = limit_of(options, mesh)
+    if promised(setting, limit) > FARTHER * ceiling:
+        return replace(kept, bound=min(kept.bound, max(0.0, proven(other, limit))))
     try:
-        moved = _solve(_prepared(keyed, mesh, replace(again, ceiling=ceiling)))
+        moved = _solve(other)
     except DoesNotFit:
         return kept
     best = min(kept, moved, key=lambda found: found.objective)

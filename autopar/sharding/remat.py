@@ -51,6 +51,9 @@ COARSE = 24
 SECONDS = 30.0
 """Processor time after which the best assignment found so far is returned."""
 
+PROVING = 15.0
+"""Processor time for proofs that assignments which were not planned are no faster."""
+
 UNLIMITED = 1 << 60
 """Bytes that no plan needs."""
 
@@ -109,6 +112,7 @@ def _chosen(same: intra.Same, mesh: Mesh, options: Options) -> Chosen:
     if joint is not None and joint.status == "infeasible":
         raise search.failure(proven=True)
     for taken in search.candidates(joint):
+        search.began = search.began or time.process_time()
         search.visit(taken)
         if search.late():
             break
@@ -122,14 +126,14 @@ def _chosen(same: intra.Same, mesh: Mesh, options: Options) -> Chosen:
 
 @dataclass
 class Search:
-    """Assignments seen so far. best: the fastest that fits."""
+    """Assignments seen so far. best: the fastest that fits. began: when the first was planned."""
 
     graph: Graph
     mesh: Mesh
     options: Options
     visited: dict[Taken, ShardingPlan | DoesNotFit] = field(default_factory=dict)
     best: Taken | None = None
-    began: float = field(default_factory=time.process_time)
+    began: float = 0.0
 
     def __post_init__(self) -> None:
         self.layers = choosing(self.graph)
@@ -175,7 +179,9 @@ class Search:
         if joint is not None and (first := self.taken(joint)) is not None:
             yield first
         if self.few:
-            yield from sorted(itertools.product(*self.layers.values()), key=self.promised)
+            every = [*itertools.product(*self.layers.values())]
+            yield min(every, key=lambda taken: self.promise(taken).found)
+            yield from sorted(every, key=lambda taken: self.promise(taken).seconds)
             return
         path = self._path()
         low, high = -1, len(path) - 1  # low does not fit, or is slower because so little is left
@@ -247,8 +253,11 @@ class Search:
         if taken in self.visited:
             return
         ceiling = self.planned(self.best).objective if self.best else math.inf
-        if self.few and self.promised(taken) >= ceiling:
+        if self.few and self.best and self.promise(taken).seconds >= ceiling:
             return
+        self._visit(taken, ceiling)
+
+    def _visit(self, taken: Taken, ceiling: float) -> None:
         try:
             self.visited[taken] = found = self._plan(taken, replace(self.options, ceiling=ceiling))
         except PlanError as error:
@@ -267,15 +276,12 @@ class Search:
         """Returns seconds that an assignment needs whatever memory there is."""
         return self._unlimited(taken).bound
 
-    def promised(self, taken: Taken) -> float:
-        """Returns seconds that hardly a plan of an assignment goes below."""
-        return max(self.fastest(taken), self._promise(taken).seconds)
-
-    def _promise(self, taken: Taken) -> intra.Promise:
-        if taken not in self._promises:
+    def promise(self, taken: Taken, thorough: bool = False) -> intra.Promise:
+        """Returns what can be expected of an assignment within the limit. thorough: known better."""
+        if taken not in self._promises or thorough:
             graph = self._restricted(taken)
             every = range(len(graph.equations))
-            self._promises[taken] = intra.promise(graph, every, self.mesh, self.options)
+            self._promises[taken] = intra.promise(graph, every, self.mesh, self.options, thorough)
         return self._promises[taken]
 
     def seconds(self, taken: Taken) -> tuple[float, ...]:
@@ -301,8 +307,12 @@ class Search:
 
     @property
     def excluded(self) -> bool:
-        """Whether of every assignment that was planned it is proven that it does not fit."""
-        return all(isinstance(e, DoesNotFit) and e.least is not None for e in self.visited.values())
+        """Whether of every assignment it is proven that it does not fit."""
+        visited = (isinstance(e, DoesNotFit) and e.least is not None for e in self.visited.values())
+        every = itertools.product(*self.layers.values())
+        return all(visited) and all(
+            taken in self.visited or self.promise(taken).bound == math.inf for taken in every
+        )
 
     def bound(self, joint: Solved | None) -> float:
         """Returns seconds that no assignment that fits goes below; 0 if not known."""
@@ -310,7 +320,17 @@ class Search:
             kept = tuple(Remat.NONE if Remat.NONE in remats else remats[0] for remats in self.layers.values())
             known = joint.bound if joint is not None and math.isfinite(joint.bound) else 0.0
             return max(known, self.fastest(kept))
-        return min(map(self._at_least, itertools.product(*self.layers.values())))
+        every = [*itertools.product(*self.layers.values())]
+        waiting, until = {*every} - {*self.visited}, time.process_time() + PROVING
+        goal = self.planned(self.best).objective * (1 - self.options.gap) if self.best else math.inf
+        while (
+            True
+        ):  # the bound is that of the weakest: as long as that is not a plan's, it may be proven better
+            weakest = min(every, key=self._at_least)
+            if weakest not in waiting or self._at_least(weakest) >= goal or time.process_time() > until:
+                return self._at_least(weakest)
+            waiting.remove(weakest)
+            self.promise(weakest, thorough=True)
 
     def _at_least(self, taken: Taken) -> float:
         found = self.visited.get(taken)
@@ -318,7 +338,7 @@ class Search:
             return found.bound
         if found is not None and found.least is not None:
             return math.inf
-        return max(self.fastest(taken), self._promise(taken).bound)
+        return self.promise(taken).bound
 
     def late(self) -> bool:
         """Whether time is up and there is something to return."""
@@ -327,7 +347,7 @@ class Search:
     def failure(self, proven: bool) -> DoesNotFit:
         """Returns the error when nothing fits, with what the assignment says that takes least."""
         if not self.visited:
-            self.visit(tuple(remats[-1] for remats in self.layers.values()))
+            self._visit(tuple(remats[-1] for remats in self.layers.values()), math.inf)
         errors = {taken: e for taken, e in self.visited.items() if isinstance(e, DoesNotFit)}
         limit = gigabytes(limit_of(self.options, self.mesh))
         taken = min(errors, key=lambda t: errors[t].leanest or errors[t].missing or math.inf)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -165,8 +165,12 @@ class Reader:
 
 def common(layouts: Sequence[Layout]) -> Layout:
     """Returns the finest layout of which all of these are parts."""
-    dims = zip(*layouts, strict=True)
-    return tuple(tuple(os.path.commonprefix(each)) for each in dims)
+
+    def shared(cuts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        same = itertools.takewhile(lambda axes: len({*axes}) == 1, zip(*cuts))
+        return tuple(axes[0] for axes in same)
+
+    return tuple(map(shared, zip(*layouts, strict=True)))
 
 
 def loops(out: Outcome, model: Model, grid: Grid, path: Path = ()) -> tuple[LoopLayouts, ...]:

@@ -24,7 +24,7 @@ from autopar.sharding.fusion import fuse, mark_fused
 from autopar.sharding.grid import Grid, grid_of
 from autopar.sharding.memory import BY, Item, totals, usage
 from autopar.sharding.model import Model
-from autopar.sharding.moved import moves_of, second_layouts
+from autopar.sharding.moved import Held, moves_of, second_layouts
 from autopar.sharding.options import Options
 from autopar.sharding.parts import cut_at_once, divisible
 from autopar.sharding.region import Region
@@ -110,14 +110,17 @@ class Setting:
     def memory(self, chosen: Sequence[int]) -> Memory:
         """Returns the memory a choice takes."""
         limit = limit_of(self.options, self.mesh)
+        return totals(self.items, self.held(chosen), chosen, self.options.in_flight, limit)
+
+    def held(self, chosen: Sequence[int]) -> list[Held]:
+        """Returns what a choice holds beside the bytes of its single choices; negative where it is less."""
         regather = bool(self.options.regather)
         key = "second", regather
         if key not in self.known:
             self.known[key] = moves_of(self.region, self.model, regather), divisible(self.model, self.items)
         moves, parts = self.known[key]
         held = second_layouts(moves, self.model, self.grid, self.nbytes, chosen)
-        held += cut_at_once(parts, chosen)
-        return totals(self.items, held, chosen, self.options.in_flight, limit)
+        return held + cut_at_once(parts, chosen)
 
 
 def limit_of(options: Options, mesh: Mesh) -> int:

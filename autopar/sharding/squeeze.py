@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linprog
 
-from autopar.sharding.moments import Chosen, Floats, Moments, Seen, moments_of
+from autopar.sharding.lowered import SMALL, attempts, bounded, expected
+from autopar.sharding.moments import Chosen, Floats, Moments, Seen, known_of, moments_of
 from autopar.sharding.solving import minimise
 
 if TYPE_CHECKING:
@@ -40,19 +41,16 @@ PENALTY = 1e3
 """Seconds, in units of the fastest plan's, for exceeding the limit by as much again."""
 
 CLOSE = 1e-4
-"""Relative improvement of the mixture below which it is the best one; and how near the best a proof is."""
+"""Relative improvement of the mixture below which it is the best one."""
 
 NEAR = 1e-3
-"""How near the best an answer has to be; and by how much better than the best plan a part has to promise to
-be for it to be looked at."""
+"""How near the best an answer and a proof have to be; and by how much better than the best plan a part has to
+promise to be for it to be looked at."""
 
-ANSWER, PROOF = 2.0, 3.0
+ANSWER, PROOF = 1.0, 1.0
 """Seconds for one answer and one proof, at most."""
 
-BRANCHED = 500
-"""Of at most so many nodes, it is branched on them."""
-
-LONGER = 3.0
+LONGER = 1.0
 """Times as many seconds as asked for are spent on branching, at most."""
 
 
@@ -105,22 +103,49 @@ class Squeeze:
 
     def run(self) -> Squeezed:
         """Returns what was found: with seconds in the price, and where nothing fits for bytes alone."""
-        self.seen = _seen(self.known)
+        unit = self._begin()
+        setting = self.moments.setting
+        self.found.seconds = bounded(setting, self.limit)
+        if expected(setting, self.limit) == math.inf and self.found.fastest is None:
+            self._excluded()
+        if unit and self.found.seconds < self.ceiling:
+            self._searched(unit)
+        if self.found.fastest is None and self.ceiling == math.inf and not self.found.least:
+            self._excluded()
+        return self.found
+
+    def prove(self) -> float:
+        """Returns seconds that no plan within the limit takes less than, at the prices of the mixture."""
+        if unit := self._begin():
+            self._root(unit)
+        return self.found.seconds
+
+    def _begin(self) -> float:
+        """Judges what is known; returns the unit of seconds, 0 where nothing is."""
+        self.seen = known_of(self.moments.setting)
         for seen in self.seen.values():
             self._judge(seen)
         if not self.seen:
             self._answer(np.zeros(self.moments.ticks), 1.0)
-        unit = min((s.seconds for s in self.seen.values()), default=0.0)
-        if unit:
-            mixture = self._root(unit)
-            self.found.promise = mixture.seconds
-            if len(self.moments.costs.nodes) <= BRANCHED and self._worth(mixture):
-                self.deadline += LONGER * self.extra
-                self._branch(unit, mixture)
-            if self.found.fastest is None and self.ceiling == math.inf:
-                self.deadline += self.extra
-                self._generate(0.0)
-        return self.found
+        return min((s.seconds for s in self.seen.values()), default=0.0)
+
+    def _searched(self, unit: float) -> None:
+        """Looks for plans, at prices at first. unit: of seconds."""
+        mixture = self._root(unit)
+        self.found.promise = mixture.seconds
+        small = len(self.moments.costs.nodes) <= SMALL
+        if small and (self._worth(mixture) or not mixture.fits):
+            self._attempt(mixture)
+        if small and self._worth(mixture):
+            self.deadline = time.process_time() + LONGER * self.extra
+            self._branch(unit, mixture)
+
+    def _excluded(self) -> None:
+        """Looks for the least that every plan takes."""
+        self.deadline = time.process_time() + self.extra
+        self._generate(0.0)
+        if self.found.seconds == math.inf:
+            self.found.least = max(self.found.least, self.limit + 1.0)
 
     # the mixture
     def _root(self, unit: float) -> Mixture:
@@ -197,7 +222,7 @@ class Squeeze:
         """Learns what these prices prove, of bytes that are certain. near: a good choice at these prices."""
         moments = self.moments
         costs = moments.priced(prices, worth, moments.certain(near))
-        solved = minimise(costs, None, PROOF, CLOSE)
+        solved = minimise(costs, None, PROOF, NEAR)
         total = float(prices.sum())
         if worth:
             self.found.seconds = max(self.found.seconds, solved.bound - total * self.limit)
@@ -205,6 +230,14 @@ class Squeeze:
             self.found.least = max(self.found.least, solved.bound / total)
             if self.found.least > self.limit:
                 self.found.seconds = math.inf
+
+    # plans
+    def _attempt(self, mixture: Mixture) -> None:
+        """Looks at the plans that the integer program finds."""
+        for chosen in attempts(self.moments, self.limit, mixture.prices):
+            if chosen not in self.seen:
+                self.seen[chosen] = self.moments.see(chosen)
+                self._judge(self.seen[chosen])
 
     # branches
     def _worth(self, mixture: Mixture) -> bool:
@@ -292,14 +325,10 @@ def promised(setting: Setting, limit: int) -> float:
     return 0.0 if root is None else root[0].seconds
 
 
-def _seen(known: dict[Hashable, Any]) -> dict[Chosen, Seen]:
-    """The choices looked at."""
-    return known.setdefault("seen", {})
-
-
-def remember(setting: Setting, chosen: Chosen) -> Seen:
-    """Returns what a choice needs that was found elsewhere; later limits find it, too."""
-    seen = _seen(setting.known)
-    if chosen not in seen:
-        seen[chosen] = moments_of(setting).see(chosen)
-    return seen[chosen]
+def proven(setting: Setting, limit: int, seconds: float = 0.0) -> float:
+    """Returns seconds that no plan within a limit takes less than. seconds: of processor time to prove more
+    than is known."""
+    if seconds:
+        Squeeze(moments_of(setting), setting.known, limit, time.process_time() + seconds, seconds).prove()
+    root = setting.known.get(("root", limit))
+    return max(bounded(setting, limit), -math.inf if root is None else root[1])

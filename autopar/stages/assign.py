@@ -9,13 +9,17 @@ from autopar.core.graph import Graph, Phase
 from autopar.stages.backward import backward_layers, shared_sums
 from autopar.stages.clustering import cluster_layers
 from autopar.stages.draft import Draft
-from autopar.stages.forward import forward_layers
+from autopar.stages.forward import end_apart, forward_layers
 from autopar.stages.phases import complete_phases
 from autopar.stages.update import apply_layers
 
 
 def assign(
-    graph: Graph, marked: tuple[bool, ...] | None = None, layers: int | None = None, least: int = 1
+    graph: Graph,
+    marked: tuple[bool, ...] | None = None,
+    layers: int | None = None,
+    least: int = 1,
+    ending: bool = False,
 ) -> Graph:
     """Returns the graph with every equation's phase and layer completed.
 
@@ -30,6 +34,7 @@ def assign(
         layers: how many layers to make by cost where no equation has one; None: about one per two
             contractions, at most 16, but `least` at least. Ignored where names gave layers.
         least: so many stages will be asked for.
+        ending: whether what follows the last named layer may be a layer of its own.
 
     Raises:
         BadInput: marks of another length, or fewer than one layer asked for.
@@ -39,11 +44,14 @@ def assign(
     if layers is not None and layers < 1:
         raise BadInput(f"expected at least 1 layer, got {layers}")
     draft = Draft.of(graph)
+    named = {i for i, k in enumerate(draft.layer) if k is not None}
     if marked is not None:
         complete_phases(draft, marked)
     if not graph.layers or all(e.layer is None for e in graph.equations):
         draft.graph = replace(graph, layers=cluster_layers(draft, layers, least))
     forward_layers(draft)
+    if ending:
+        end_apart(draft, named)
     backward_layers(draft)
     shared_sums(draft)
     apply_layers(draft)

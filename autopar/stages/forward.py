@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from autopar.core.dtypes import is_inexact
 from autopar.core.graph import OpKind, Phase
@@ -13,6 +14,9 @@ HEAVY = (OpKind.CONTRACTION, OpKind.LOOP)
 
 SMALL = 64
 """Elements; random keys are made by loops, but are small and wanted by every layer."""
+
+END = "end"
+"""The layer of what follows the last named one, where it is made one."""
 
 
 def forward_layers(draft: Draft) -> None:
@@ -30,6 +34,34 @@ def forward_layers(draft: Draft) -> None:
             draft.layer[i] = min((k for k in after if k is not None), default=None)
     _parameter_scalars(draft, forward)
     _after_producers(draft, forward)
+
+
+def end_apart(draft: Draft, named: Collection[int]) -> None:
+    """Makes what follows the last layer one of its own, if its tensors are larger than what it reads of it (a
+    head over a vocabulary): then it is computed, and differentiated, while nothing of that layer is alive.
+
+    Args:
+        draft: of a forward, its layers set. named: the equations whose layers names gave.
+    """
+    graph, last = draft.graph, len(draft.graph.layers) - 1
+    if not named or END in graph.layers or any(phase is not Phase.FORWARD for phase in draft.phase):
+        return
+    needed: set[int] = set()
+    for i in reversed(range(len(graph.equations))):
+        if i in named or not needed.isdisjoint(graph.equations[i].outputs):
+            needed.update(graph.equations[i].operands)
+    after = [
+        i
+        for i, e in enumerate(graph.equations)
+        if draft.layer[i] == last and i not in named and needed.isdisjoint(e.outputs)
+    ]
+    made = {v for i in after for v in graph.equations[i].outputs if v in draft.mixes}
+    read = {v for i in after for v in graph.equations[i].operands if v in draft.mixes} - made
+    if max((graph.values[v].nbytes for v in made), default=0) > max(
+        (graph.values[v].nbytes for v in read), default=0
+    ):
+        draft.graph = replace(graph, layers=(*graph.layers, END))
+        draft.layer = [last + 1 if i in {*after} else k for i, k in enumerate(draft.layer)]
 
 
 def _after_producers(draft: Draft, forward: list[int]) -> None:
