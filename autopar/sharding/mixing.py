@@ -48,8 +48,8 @@ the second share of the time. How they rise until a plan fits."""
 ROUNDS = 8
 """Prices tried at most; the hull has few corners near the limit."""
 
-BOUNDS = 4
-"""Prices tried at most for a bound alone."""
+BOUNDS, BOUND_SECONDS, NEARLY = 4, 0.5, 0.01
+"""Prices tried at most for a bound alone, seconds that each may take, and how near the best is near enough."""
 
 NONE_FITS = Solved(None, math.inf, -math.inf, "unknown")
 
@@ -314,7 +314,7 @@ def keeping_products(setting: Setting, price: float, limit: int) -> float:
     items = [item for item in setting.items if item.role == STATE or item.key in made]
 
     def solve(costs: Costs) -> Solved:
-        return minimise(costs, None, setting.options.seconds, setting.options.gap)
+        return minimise(costs, None, BOUND_SECONDS, NEARLY)
 
     mixer = Mixer.of(setting, setting.costs(0.0), setting.plain(0.0), limit, solve)
     return replace(mixer, items=items).bound(free.chosen, price)
