@@ -11,6 +11,7 @@ import pytest
 
 import autopar
 from autopar.api.serving import Shape
+from autopar.api.windows import Window
 from autopar.io.huggingface import open_random
 from autopar.io.weights import read_all
 from autopar.serve import Buckets, window
@@ -21,12 +22,25 @@ BUCKETS = Buckets(rows=(8,), new=(16,), blocks=(3,), tokens=32)  # no prefill st
 PROMPTS = [list(map(int, np.random.default_rng(3).integers(0, 256, n))) for n in (5, 14, 9)]
 
 
+FILLED = []
+"""The windows that were filled, in order."""
+
+
+def counted(enter):
+    def count(self, *args):
+        FILLED.append(self)
+        return enter(self, *args)
+
+    return count
+
+
 @pytest.fixture(scope="module")
 def model():
     changes = {"weights": "random", "buckets": BUCKETS, "tokens": 2048, "max_length": 48, "behind": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(window, "LEAST_ROWS", 1)
         patch.setattr(window, "GREEDY_ROWS", 1)
+        patch.setattr(Window, "enter", counted(Window.enter))
         with autopar.serve.load("opt-tiny", **changes) as model:
             yield model
 
@@ -48,7 +62,7 @@ class Driver:
     """Two rows of sequences on a runner, by hand."""
 
     def __init__(self, runner):
-        self.runner, self.windowed = runner, 0
+        self.runner, self.windowed = runner, 0  # steps that went on in the window of the step before
         self.ids: list[list[int]] = [[], []]
         self.logits: list[dict[int, np.ndarray]] = [{}, {}]  # by position
         self.tables = np.array([[1, 2, 3], [4, 5, 6]], np.int32)
@@ -66,8 +80,10 @@ class Driver:
             tokens = np.array([ids[-1:] for ids in self.ids], np.int32)
             at = np.array([len(ids) - 1 for ids in self.ids], np.int32)
             batch = StepBatch(tokens, at, np.ones(2, np.int32), self.tables, () if greedy else None)
+            filled = len(FILLED)
             results = self.runner.run(batch)
-            self.windowed += self.runner._windows._held is not None
+            assert self.runner._windows._held is not None
+            self.windowed += len(FILLED) == filled
             if greedy:
                 for ids, token in zip(self.ids, results.greedy().tolist(), strict=True):
                     ids.append(token)
@@ -164,7 +180,7 @@ def test_greedy_steps_do_without_logits_and_others_go_on_from_them(model):
     driver.decode(4, greedy=True)
     assert len(driver.runner._windows._held.loaded.results) == 1
     driver.decode(3)
-    assert driver.windowed == 8
+    assert driver.windowed == 1 + 3 + 2
     driver.check()
     for prompt, ids in zip((PROMPTS[0], PROMPTS[1]), driver.ids, strict=True):
         assert ids[len(prompt) :] == logits_of(ids).argmax(-1)[len(prompt) - 1 : len(ids) - 1].tolist()

@@ -42,8 +42,9 @@ class _Rows(NamedTuple):
 class Windows:
     """Chooses between a step that gathers blocks and the one that goes on from a window of its rows.
 
-    The first step of a group of rows gathers, the second fills a window, those that follow go on from it.
-    There is one window at a time; its memory is kept until another one is filled.
+    The first step of a group of rows fills a window, those that follow go on from it. To fill it takes no
+    longer than to gather, so it does not matter if no step follows. There is one window at a time; its memory
+    is kept until another one is filled.
 
     Args:
         programs: of the model.
@@ -94,12 +95,12 @@ class Windows:
         last, self._last = self._last, _Rows(shape, positions, lengths, tables)
         wanted = shape._replace(window=True)
         window = (greedy and self._compiled.get(wanted._replace(greedy=True))) or self._compiled.get(wanted)
-        if window is None or last is None or not last.lead_to(self._last):
+        if last is None or not last.lead_to(self._last):
             self._held = None
-            return None
-        if self._held is not window:
+        if window is not None and self._held is not window:
             if self._filled is not None and self._filled is not window:
                 self._filled.drop()
             window.enter(tables, positions)
-            self._filled = self._held = window
-        return window.loaded
+            self._filled = window
+        self._held = window
+        return window and window.loaded
