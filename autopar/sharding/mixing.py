@@ -49,7 +49,7 @@ ROUNDS = 8
 """Prices tried at most; the hull has few corners near the limit."""
 
 BOUNDS, BOUND_SECONDS, NEARLY = 4, 0.5, 0.01
-"""Prices tried at most for a bound alone, seconds that each may take, and how near the best is near enough."""
+"""Prices tried at most for a bound alone, the seconds that each may take, and how near its best is enough."""
 
 NONE_FITS = Solved(None, math.inf, -math.inf, "unknown")
 
