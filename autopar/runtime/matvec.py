@@ -19,8 +19,9 @@ Array = Any
 LEAST = 1 << 20
 """Bytes of matrices from which on two cores are sooner done than one."""
 
-MANY = 8
-"""Matrices from which on that is worth it; a few large ones are for the compiler."""
+MANY = 64
+"""Matrices from which on that is worth it. A decode step of one row of OPT-125m over 2,048 tokens, 12 large
+matrices that are gathered first, takes 6 % longer with sums."""
 
 MOST = 2048
 """Longest sum that is written out."""
