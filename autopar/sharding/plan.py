@@ -166,7 +166,7 @@ def promise(
         return Promise(free.bound, free.bound, free.objective if free.chosen else math.inf)
     patience = setting.options.seconds if thorough and len(setting.model.nodes) <= WATCHED else 0.0
     bound = proven(setting, limit, patience)
-    seconds = max(free.bound, expected(setting, limit))
+    seconds = max(free.bound, expected(setting, limit), promised(setting, limit))
     return Promise(seconds, max(free.bound, bound), fastest_known(setting, limit))
 
 

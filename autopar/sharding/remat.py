@@ -13,6 +13,7 @@ bisected.
 from __future__ import annotations
 
 import functools
+import heapq
 import itertools
 import math
 import time
@@ -179,9 +180,7 @@ class Search:
         if joint is not None and (first := self.taken(joint)) is not None:
             yield first
         if self.few:
-            every = [*itertools.product(*self.layers.values())]
-            yield min(every, key=lambda taken: self.promise(taken).found)
-            yield from sorted(every, key=lambda taken: self.promise(taken).seconds)
+            yield from self._promising()
             return
         path = self._path()
         low, high = -1, len(path) - 1  # low does not fit, or is slower because so little is left
@@ -193,6 +192,20 @@ class Search:
         if self.best is None:  # computing more again can need more at once: look at the others, too
             yield from path[:: max(1, len(path) // 8)]
         yield from self._relaxed(path[0])
+
+    def _promising(self) -> Iterator[Taken]:
+        """Yields all assignments, the one first that promises to be fastest. Promises that come cheap are too
+        good: an assignment is looked at thoroughly before it is yielded."""
+        every = itertools.product(*self.layers.values())
+        waiting = [(self.promise(taken).seconds, k, taken, False) for k, taken in enumerate(every)]
+        heapq.heapify(waiting)
+        while waiting:
+            _, k, taken, sure = heapq.heappop(waiting)
+            if sure:
+                yield taken
+            else:
+                seconds = self.promise(taken, thorough=True).seconds
+                heapq.heappush(waiting, (seconds, k, taken, True))
 
     def _relaxed(self, kept: Taken) -> Iterator[Taken]:
         """Yields the best assignment with one layer less that computes again, as long as one fits."""
@@ -323,9 +336,7 @@ class Search:
         every = [*itertools.product(*self.layers.values())]
         waiting, until = {*every} - {*self.visited}, time.process_time() + PROVING
         goal = self.planned(self.best).objective * (1 - self.options.gap) if self.best else math.inf
-        while (
-            True
-        ):  # the bound is that of the weakest: as long as that is not a plan's, it may be proven better
+        while True:  # as long as the weakest bound is not a plan's, it may be proven better
             weakest = min(every, key=self._at_least)
             if weakest not in waiting or self._at_least(weakest) >= goal or time.process_time() > until:
                 return self._at_least(weakest)
