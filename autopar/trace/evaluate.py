@@ -27,7 +27,7 @@ def fences(traced: Traced) -> frozenset[int]:
 
 
 def product_of(traced: Traced, index: int) -> Any:
-    """Returns the dimension numbers of an equation that is a `lax.dot_general` of one dtype, None of another."""
+    """Returns the dimension numbers of a `lax.dot_general` of one dtype, None of any other equation."""
     equation = traced.equations[index]
     if equation.primitive.name != "dot_general":
         return None
