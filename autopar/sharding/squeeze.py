@@ -141,7 +141,9 @@ class Squeeze:
             self._branch(unit, mixture)
 
     def _excluded(self) -> None:
-        """Looks for the least that every plan takes."""
+        """Looks for the least that every plan takes; of a region that has no plan at all nothing is known."""
+        if not self.seen:
+            return
         self.deadline = time.process_time() + self.extra
         self._generate(0.0)
         if self.found.seconds == math.inf:
