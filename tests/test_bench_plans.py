@@ -90,8 +90,9 @@ def test_the_residual_stream_is_found_and_cut_along_the_sequence():
 
 
 def test_an_all_reduce_is_not_split_for_work_that_its_reader_does_anyway():
-    """The bias that is added between costs nothing where it is: its kernel is the reader's. Scattered before the
-    loss, a sum would be gathered again, and read whole by the kernels of the loss and of its gradient.
+    """The bias that is added between costs nothing where it is: its kernel is the reader's.
+
+    Scattered before the loss, a sum is gathered again, and read whole by the kernels of loss and gradient.
     """
     node = mesh_of("1x8", "V100-16GB", 12.5e9)
     found = replace(bench("mlp"), mesh=node, rows={}).draft(()).plan
