@@ -17,7 +17,7 @@ import numpy as np
 
 from autopar.sharding.assemble import Costs
 from autopar.sharding.memory import PASSING, Item
-from autopar.sharding.moments import Chosen, Floats, Moments, known_of, moments_of, remember
+from autopar.sharding.moments import Chosen, Floats, Moments, moments_of, remember
 from autopar.sharding.solving import minimise
 
 if TYPE_CHECKING:
@@ -49,11 +49,6 @@ def expected(setting: Setting, limit: int) -> float:
     """Returns seconds that hardly a plan within a limit takes less than: elementwise results are there as a
     whole. Infinite where hardly any fits."""
     return max(_glance(setting, limit, certain=False), bounded(setting, limit))
-
-
-def fastest_known(setting: Setting, limit: int) -> float:
-    """Returns the seconds of the fastest plan within a limit that was looked at, infinite if none was."""
-    return min((s.seconds for s in known_of(setting).values() if s.peak <= limit), default=math.inf)
 
 
 def _glance(setting: Setting, limit: int, certain: bool) -> float:

@@ -14,7 +14,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
 from autopar.core.spec import Spec
 from autopar.sharding.limited import WATCHED, fitting, leanest
-from autopar.sharding.lowered import expected, fastest_known
+from autopar.sharding.lowered import expected
 from autopar.sharding.mixing import keeping_products
 from autopar.sharding.options import Options
 from autopar.sharding.region import Region, extract, region_key
@@ -144,11 +144,10 @@ def _below(keyed: _Keyed, mesh: Mesh, options: Options) -> list[ShardingPlan]:
 
 class Promise(NamedTuple):
     """Seconds that hardly a plan within the limit takes less than, and that none does which keeps gathered
-    state: infinite where none fits. found: those of a plan, infinite where none is known yet."""
+    state: infinite where none fits."""
 
     seconds: float
     bound: float
-    found: float
 
 
 def promise(
@@ -163,11 +162,11 @@ def promise(
     setting = _prepared(keyed, mesh, own)
     limit, free = limit_of(setting.options, setting.mesh), setting.free(setting.options.memory_price)
     if free.chosen is None or setting.memory(free.chosen).peak <= limit:
-        return Promise(free.bound, free.bound, free.objective if free.chosen else math.inf)
+        return Promise(free.bound, free.bound)
     patience = setting.options.seconds if thorough and len(setting.model.nodes) <= WATCHED else 0.0
     bound = proven(setting, limit, patience)
     seconds = max(free.bound, expected(setting, limit), promised(setting, limit))
-    return Promise(seconds, max(free.bound, bound), fastest_known(setting, limit))
+    return Promise(seconds, max(free.bound, bound))
 
 
 def keeping(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options, price: float) -> float:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from scipy.optimize import linprog
 
 from autopar.sharding.lowered import SMALL, attempts, bounded, expected
-from autopar.sharding.moments import Chosen, Floats, Moments, Seen, known_of, moments_of
+from autopar.sharding.moments import Chosen, Floats, Moments, Seen, known_of, moments_of, remember
 from autopar.sharding.solving import minimise
 
 if TYPE_CHECKING:
@@ -237,9 +237,7 @@ class Squeeze:
     def _attempt(self, mixture: Mixture) -> None:
         """Looks at the plans that the integer program finds."""
         for chosen in attempts(self.moments, self.limit, mixture.prices):
-            if chosen not in self.seen:
-                self.seen[chosen] = self.moments.see(chosen)
-                self._judge(self.seen[chosen])
+            self._judge(remember(self.moments.setting, chosen))
 
     # branches
     def _worth(self, mixture: Mixture) -> bool:
