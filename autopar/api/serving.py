@@ -257,7 +257,7 @@ def at_home(traced: Traced, layers: tuple[str, ...], home: Mapping[int, int]) ->
 
 def layer_of(graph: Graph, inputs: Sequence[int]) -> dict[int, int]:
     """Returns input → the first layer that reads it, directly or through equations without a layer."""
-    users, found = graph.consumers(), dict[int, int]()
+    users, found = graph.consumers, dict[int, int]()
     for v in inputs:
         todo, seen = [v], set[int]()
         while todo:

@@ -223,18 +223,14 @@ class Graph:
         """Returns value id → index of the equation that makes it."""
         return {v: i for i, equation in enumerate(self.equations) for v in equation.outputs}
 
+    @functools.cached_property
     def consumers(self) -> dict[int, list[int]]:
-        """Returns value id → indices of the equations that read it, in order."""
+        """Value id → indices of the equations that read it, in order; not to be changed."""
         uses: dict[int, list[int]] = {}
         for i, equation in enumerate(self.equations):
             for v in dict.fromkeys(equation.operands):
                 uses.setdefault(v, []).append(i)
         return uses
-
-    @functools.cached_property
-    def readers(self) -> dict[int, list[int]]:
-        """`consumers()`, made once for all regions of the graph; not to be changed."""
-        return self.consumers()
 
     def check(self) -> None:
         """Raises AssertionError unless ids are in range, every value is made once and before it is read."""

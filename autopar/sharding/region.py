@@ -100,7 +100,7 @@ def _ties(graph: Graph, number: dict[int, int], made: set[int]) -> list[tuple[in
 def _read_outside(graph: Graph, indices: tuple[int, ...], made: set[int]) -> set[int]:
     if len(indices) == len(graph.equations):
         return set()
-    inside, readers = {*indices}, graph.readers
+    inside, readers = {*indices}, graph.consumers
     return {v for v in made if v in readers and not inside.issuperset(readers[v])}
 
 

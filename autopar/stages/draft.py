@@ -36,7 +36,7 @@ class Draft:
     def of(cls, graph: Graph) -> Draft:
         """Returns a draft with the graph's own marks."""
         draft = cls(graph, [e.phase for e in graph.equations], [e.layer for e in graph.equations])
-        draft.maker, draft.users = graph.producers(), graph.consumers()
+        draft.maker, draft.users = graph.producers(), graph.consumers
         draft.varies = spread(graph, batch_of(graph))
         others = [*graph.inputs, *(v for v in graph.constants if graph.values[v].shape)]
         draft.state = spread(graph, set(others) - batch_of(graph))

@@ -97,7 +97,7 @@ def _delay(graph: Graph, stage: list[int | None], level: list[int]) -> None:
 
     Else the first part of every update (a moment times its decay) would be written to memory between levels.
     """
-    readers = graph.consumers()
+    readers = graph.consumers
     for i in reversed(range(len(graph.equations))):
         equation = graph.equations[i]
         after = [j for v in equation.outputs for j in readers.get(v, ())]

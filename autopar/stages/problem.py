@@ -189,7 +189,7 @@ def boundary_bytes(graph: Graph) -> tuple[Array, Array]:
     """Returns the bytes per micro-batch across the boundary before each layer: of values, of cotangents."""
     layers = max(1, len(graph.layers))
     forward, backward = np.zeros(layers), np.zeros(layers)
-    users = graph.consumers()
+    users = graph.consumers
     for equation in graph.equations:
         if equation.layer is None or equation.phase is Phase.APPLY:
             continue
