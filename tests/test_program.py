@@ -13,9 +13,9 @@ from autopar.core.errors import ProgramError, UnknownName
 from autopar.core.graph import Combine, Phase, Value
 from autopar.core.mesh import Axis, Device, Mesh
 from autopar.core.plan import Link, Memory, Plan, ShardingPlan, Stage
-from autopar.core.program import Buffer, Free, Program, Recv, Role, Run, Segment, Send, reads
+from autopar.core.program import Buffer, Free, Program, Recv, Role, Run, Segment, Send, Worker, reads
 from autopar.program import check, emit, schedule, simulate
-from autopar.program.check import order
+from autopar.program.check import beside, order
 
 GOLDEN = Path(__file__).parent / "golden"
 DEVICE = Device("toy", 1 << 30, 1e9, (("float32", 1e12),), 1e9)
@@ -174,6 +174,36 @@ def test_old_state_is_donated_only_where_it_is_replaced():
                 assert run.segment.startswith("apply.2") and dead <= set(worker.state)
                 assert not dead & {b for later in worker.instructions[n + 1 :] for b in reads(later)}
     assert program.workers[1].instructions[-2] != program.workers[1].instructions[-1]
+
+
+def undonated(worker: Worker) -> Worker:
+    kept = (replace(i, donated=()) if isinstance(i, Run) else i for i in worker.instructions)
+    return replace(worker, instructions=tuple(kept))
+
+
+def test_donated_memory_is_counted_once_and_gone_afterwards():
+    program = emit(pipeline(1, 1, tied=False), schedule("1f1b", 1, 1))
+    (worker,) = program.workers
+    assert check(program) == (64,), "16 bytes each: parameter, loss, gradient, and what is passed on"
+    assert check(replace(program, workers=(undonated(worker),))) == (68,)
+    early = (
+        replace(i, donated=(0,)) if isinstance(i, Run) and i.segment == "forward_0" else i
+        for i in worker.instructions
+    )
+    with pytest.raises(ProgramError, match="is not there"):
+        check(replace(program, workers=(replace(worker, instructions=tuple(early)),)))
+
+
+def test_what_is_held_beside_a_segment_is_what_it_does_not_read():
+    program = emit(pipeline(2, 4, tied=False), schedule("1f1b", 2, 4))
+    held = beside(program)
+    assert held[0]["forward_0"] > 0, "activations of the micro-batch before, and its sum of gradients"
+    for worker, peak, others in zip(program.workers, check(program), held):
+        sizes = {slot.value: slot.nbytes for slot in worker.slots}
+        for run in (i for i in worker.instructions if isinstance(i, Run)):
+            own = sum(sizes[b.value] for b in {*run.inputs, *run.outputs})
+            again = sum(sizes[run.inputs[k].value] for k in run.donated)
+            assert others[run.segment] + own - again <= peak
 
 
 def test_simulation_of_1f1b_equals_the_closed_form():

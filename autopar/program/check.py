@@ -34,3 +34,9 @@ def order(program: Program) -> tuple[tuple[int, int], ...]:
     """Returns (worker, index of instruction) in an order in which one thread can execute the whole
     program."""
     return tuple((step.worker, step.index) for step in Walk(program).run().steps)
+
+
+def beside(program: Program) -> tuple[dict[str, int], ...]:
+    """Returns for each worker, segment → most bytes on one device that are held while the segment runs and
+    that it does not read: other micro-batches' activations, sums of gradients, state of other phases."""
+    return tuple(Walk(program).run().beside)

@@ -6,7 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from autopar.core.errors import ProgramError
-from autopar.core.program import Buffer, Free, Instruction, Program, Recv, Rename, Send, Worker, reads, writes
+from autopar.core.program import (
+    Buffer,
+    Free,
+    Instruction,
+    Program,
+    Recv,
+    Rename,
+    Run,
+    Send,
+    Worker,
+    reads,
+    writes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +34,13 @@ class Step:
 
 @dataclass
 class Walk:
-    """The state of a symbolic run. `errors` are for the engineer; `order` is a valid global order of
-    execution.
+    """The state of a symbolic run.
+
+    Attributes:
+        errors: for the engineer. steps: what was executed, in an order in which one thread could.
+        peak: most bytes of buffers on a device of each worker.
+        beside: for each worker, segment → most bytes of buffers that it holds while the segment runs, other
+            than those that the segment reads and makes.
     """
 
     program: Program
@@ -33,6 +50,7 @@ class Walk:
     steps: list[Step] = field(default_factory=list[Step])
     errors: list[str] = field(default_factory=list[str])
     peak: list[int] = field(default_factory=list[int])
+    beside: list[dict[str, int]] = field(default_factory=list[dict[str, int]])
 
     def run(self) -> Walk:
         """Runs until no worker can go on; what is then left over is an error."""
@@ -44,6 +62,7 @@ class Walk:
         self._read: list[set[Buffer]] = [set() for _ in workers]
         self._bytes = [sum(live.values()) for live in self._live]
         self.peak = list(self._bytes)
+        self.beside = [{} for _ in workers]
         self._mail: dict[str, tuple[float, int, tuple[Buffer, ...]]] = {}
         self._link: dict[tuple[int, int], float] = {}
         while (worker := next(self._ready(), None)) is not None:
@@ -121,12 +140,21 @@ class Walk:
             case Rename(old=old, new=new):
                 self._bytes[w] -= live.pop(new, 0)
                 live[new] = live.pop(old, 0)
+            case Run(segment=name, inputs=inputs, donated=donated):
+                others = self._bytes[w] - sum(live.get(b, 0) for b in {*inputs})
+                self.beside[w][name] = max(others, self.beside[w].get(name, 0))
+                for k in donated:
+                    self._bytes[w] -= live.pop(inputs[k], 0)
+                self._write(w, instruction)
             case _:
-                for buffer in writes(instruction):
-                    if buffer not in live:
-                        live[buffer] = self._size[w](buffer)
-                        self._bytes[w] += live[buffer]
+                self._write(w, instruction)
         self.peak[w] = max(self.peak[w], self._bytes[w])
+
+    def _write(self, w: int, instruction: Instruction) -> None:
+        for buffer in writes(instruction):
+            if buffer not in self._live[w]:
+                self._live[w][buffer] = self._size[w](buffer)
+                self._bytes[w] += self._live[w][buffer]
 
     def _leftovers(self) -> None:
         for w, worker in enumerate(self.program.workers):

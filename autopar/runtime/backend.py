@@ -26,10 +26,11 @@ class StageMemory:
     """Bytes on one device of a stage.
 
     Attributes:
-        arguments, outputs, temporary: of the compiled segment that needs most.
+        arguments, outputs, temporary: of the compiled segment during which the stage needs most.
         aliased: of its outputs, what reuses the memory of donated arguments.
+        beside: what the stage holds meanwhile for others: other micro-batches' activations, gradient sums.
         segment: which one that is.
-        peak: arguments + outputs − aliased + temporary of that segment.
+        peak: arguments + outputs − aliased + temporary + beside.
         predicted: what the plan says the device needs at its worst moment.
         limit: what the plan says the device has.
     """
@@ -38,13 +39,14 @@ class StageMemory:
     outputs: int
     temporary: int
     aliased: int
+    beside: int
     segment: str
     predicted: int
     limit: int
 
     @property
     def peak(self) -> int:
-        return self.arguments + self.outputs - self.aliased + self.temporary
+        return self.arguments + self.outputs - self.aliased + self.temporary + self.beside
 
 
 class Session(Protocol):

@@ -22,6 +22,7 @@ from autopar.core.plan import Plan, Stage
 from autopar.core.program import Buffer, Instruction, Program, Slot, Worker
 from autopar.core.timeline import Event, Timeline
 from autopar.program import check
+from autopar.program.check import beside
 from autopar.program.walk import Walk
 from autopar.runtime import layout
 from autopar.runtime.backend import Fetch, StageMemory
@@ -193,17 +194,10 @@ class InProcessSession:
         return {name: segment.text for name, segment in self.segments.items()}
 
     def compiled_memory(self) -> tuple[StageMemory, ...]:
-        return tuple(
-            stage_memory(
-                stage,
-                {
-                    segment.name: sizes(self.segments[segment.name].executable)
-                    for segment in self.program.segments
-                    if segment.stage == s
-                },
-            )
-            for s, stage in enumerate(self.plan.stages)
-        )
+        found: list[dict[str, Sizes]] = [{} for _ in self.plan.stages]
+        for segment in self.program.segments:
+            found[segment.stage][segment.name] = sizes(self.segments[segment.name].executable)
+        return tuple(map(stage_memory, self.plan.stages, found, beside(self.program)))
 
     def memory(self) -> tuple[int, ...]:
         return tuple(fullest(interpreter.live()) for interpreter in self.interpreters)
@@ -297,14 +291,18 @@ def sizes(executable: Any) -> Sizes:
     )
 
 
-def stage_memory(stage: Stage, segments: Mapping[str, Sizes]) -> StageMemory:
-    """Returns what the compiler says of the stage's biggest segment, beside what the plan says."""
+def stage_memory(stage: Stage, segments: Mapping[str, Sizes], others: Mapping[str, int]) -> StageMemory:
+    """Returns what the compiler says of a stage at its worst moment, and what the plan says.
+
+    Args:
+        segments: bytes of each. others: what the stage holds beside each (`program.check.beside`).
+    """
     predicted, limit = stage.memory.peak, stage.memory.limit
     rows = [
-        StageMemory(arguments, outputs, temporary, aliased, name, predicted, limit)
+        StageMemory(arguments, outputs, temporary, aliased, others.get(name, 0), name, predicted, limit)
         for name, (arguments, outputs, temporary, aliased) in segments.items()
     ]
-    return max(rows, key=lambda row: row.peak, default=StageMemory(0, 0, 0, 0, "", predicted, limit))
+    return max(rows, key=lambda row: row.peak, default=StageMemory(0, 0, 0, 0, 0, "", predicted, limit))
 
 
 def _in_threads(workers: Sequence[Callable[[float], list[Event]]], transport: LocalTransport) -> list[Event]:

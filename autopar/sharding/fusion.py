@@ -61,7 +61,8 @@ def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], timed: bo
     hungry = {s.tick for s in model.steps if not fuses(s) and s.equation.op not in EXPANDED}
     reducing = {step.tick for step in model.steps if kind_of(step.equation) is OpKind.MEMORY}
     steps = {step.tick for step in model.steps}
-    leaving = {((), v) for v in (*region.leaving, *(v for v, _ in region.ties))}
+    summed = region.combine if region.microbatches > 1 else ()
+    leaving = {((), v) for v in (*region.leaving, *(v for v, _ in (*region.ties, *summed)))}
     read = {key: {tick for tick, _ in uses} for key, uses in model.uses.items()}
     if timed:
         leaving |= _leaving_bodies(model)

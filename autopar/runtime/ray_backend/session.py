@@ -20,6 +20,7 @@ from autopar.core.errors import BackendError, StageFailed
 from autopar.core.plan import Plan
 from autopar.core.program import Buffer, Program
 from autopar.core.timeline import Timeline
+from autopar.program.check import beside
 from autopar.runtime import layout
 from autopar.runtime.backend import Fetch, StageMemory
 from autopar.runtime.fill import Fillers
@@ -183,8 +184,13 @@ class RaySession:
         texts = self._ask(lambda worker: worker.hlo, program)
         return {name: text for each in texts for name, text in each.items()}
 
-    def compiled_memory(self, program: int = 0) -> tuple[StageMemory, ...]:
-        return tuple(map(stage_memory, self.plan.stages, self._ask(lambda worker: worker.sizes, program)))
+    def compiled_memory(self) -> tuple[StageMemory, ...]:
+        return self.memory_of(self.program, 0)
+
+    def memory_of(self, program: Program, number: int) -> tuple[StageMemory, ...]:
+        """Returns `compiled_memory` of one of the programs that share the workers."""
+        found = self._ask(lambda worker: worker.sizes, number)
+        return tuple(map(stage_memory, self.plan.stages, found, beside(program)))
 
     def memory(self) -> tuple[int, ...]:
         return tuple(held for held, _, _ in self._ask(lambda worker: worker.memory))
@@ -351,7 +357,7 @@ class Sibling:
         return self._base.hlo(self._number)
 
     def compiled_memory(self) -> tuple[StageMemory, ...]:
-        return self._base.compiled_memory(self._number)
+        return self._base.memory_of(self.program, self._number)
 
     def memory(self) -> tuple[int, ...]:
         return self._base.memory()
