@@ -27,7 +27,7 @@ from autopar.sharding.solving import minimise
 from autopar.stages import assign
 from autopar.trace.capture import capture
 
-EVERY = tuple(Remat)
+EVERY = Remat.NONE, Remat.PRODUCTS, Remat.FULL
 DEVICE = Device("test", 1 << 34, 1e12, (("float32", 1e13),), 1e11)
 OPTIONS = Options(gap=0.0, seconds=20.0, regather=False)
 

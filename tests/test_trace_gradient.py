@@ -426,12 +426,13 @@ SMALL = gpt.GPTConfig(vocabulary=32, positions=8, layers=2, hidden=16, heads=2)
 @pytest.mark.parametrize(
     "changes, remat",
     [
-        ({"dropout": 0.2}, True),
+        ({"dropout": 0.2}, Remat.PARTS),
         *(
             pytest.param(changes, remat, marks=pytest.mark.slow)
             for changes, remat in (
                 ({}, False),
                 ({}, True),
+                ({"dropout": 0.2}, True),
                 ({"dropout": 0.2}, False),
                 ({"remat": True}, False),
             )
@@ -503,7 +504,7 @@ OPERATIONS = (
         min_size=1,
         max_size=10,
     ),
-    st.booleans(),
+    st.sampled_from([False, True, Remat.PARTS]),
 )
 def test_random_layered_programs(lines, remat):
     def loss(p, b):

@@ -22,9 +22,11 @@ def _at_least_one(what: str, value: int | None) -> None:
 
 
 RematOption: TypeAlias = "bool | str | Mapping[str, str] | None"
-"""What backward passes compute again. True or "full": all but what layers read of each other; "products":
-the same, but what matrix products and convolutions made is kept; False or "none": nothing. {layer: one of
-these words} for some layers, by name or pattern ("Block_*"). None: chosen per layer where memory is short."""
+"""What backward passes compute again. True or "full": all but what layers read of each other; "parts":
+the same, but what passes between a layer's parts is kept (a block's attention and its feed-forward layer), so
+that each part is computed again by itself; "products": what matrix products and convolutions made is kept;
+False or "none": nothing. {layer: one of these words} for some layers, by name or pattern ("Block_*"). None:
+chosen per layer where memory is short."""
 
 
 def _check_remat(value: object) -> None:

@@ -43,6 +43,13 @@ WORTHWHILE = 0.01
 """How much less time has to be possible, as far as is known, for a better plan to be looked for among what
 layers may compute again."""
 
+ALTERNATIVES = Remat.NONE, Remat.PRODUCTS, Remat.FULL
+"""What a layer may compute again, if there are many."""
+
+FEW = Remat.NONE, Remat.PRODUCTS, Remat.PARTS
+"""The same, if there are few: to compute everything again at once takes more memory than to keep what
+passes between the parts of a few layers."""
+
 MUCH = 4.0
 """Times the price of computing again that a byte has to cost before nothing else is tried."""
 
@@ -151,7 +158,7 @@ class _Work:
         if free is None or free.memory.peak <= free.memory.limit:
             return None
         self.floors[choice.mesh] = free.bound
-        if len(Remat) ** len(kept.graph.layers) <= layers.ENUMERATED:
+        if len(ALTERNATIVES) ** len(kept.graph.layers) <= layers.ENUMERATED:
             return None  # all that layers may compute again is soon looked at
         half = free.memory.state + free.memory.activations // 2
         remat = Remat.PRODUCTS if half <= choice.mesh.device.memory else Remat.FULL
@@ -244,9 +251,11 @@ class _Work:
 
     def _recomputing(self, choice: MeshChoice) -> Made:
         self.tracer.layer_scans, self.tracer.ending = True, True
-        every = self.tracer(self.micro, _with_the_end(tuple(Remat)))
+        every = self.tracer(self.micro, _with_the_end(ALTERNATIVES))
         if not choosing(every.graph):
             raise DoesNotFit("no layer keeps anything for its backward pass that could be computed again")
+        if layers.are_few(every.graph):
+            every = self.tracer(self.micro, _with_the_end(FEW))
         pinned = _fixed(self.method, every, choice.mesh)
         chosen = layers.choose(every.graph, choice.mesh, stage_options(every.graph, choice.mesh, pinned))
         remat = dict(chosen.remat)

@@ -174,7 +174,11 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-WORDS = {Remat.PRODUCTS.value: "(all but products)", Remat.FULL.value: "(everything)"}
+WORDS = {
+    Remat.PRODUCTS.value: "(all but products)",
+    Remat.PARTS.value: "(part by part)",
+    Remat.FULL.value: "(everything)",
+}
 
 
 def summary(rows: Sequence[Row]) -> str:

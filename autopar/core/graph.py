@@ -27,6 +27,7 @@ class Remat(enum.StrEnum):
 
     NONE = "none"
     PRODUCTS = "products"  # what matrix products and convolutions made is kept, the rest computed again
+    PARTS = "parts"  # what passes between the layer's parts is kept, each part computed again by itself
     FULL = "full"  # the layer's inputs are kept, everything else is computed again
 
 

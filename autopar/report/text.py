@@ -70,7 +70,11 @@ def layers_text(plan: Plan, stage: Stage) -> str:
 
 def recomputed_text(plan: Plan) -> str:
     """Returns e.g. "computed again in the backward pass: everything of Block_0, Block_1; …"."""
-    words = {Remat.PRODUCTS: "all but products", Remat.FULL: "everything"}
+    words = {
+        Remat.PRODUCTS: "all but products",
+        Remat.PARTS: "everything, part by part,",
+        Remat.FULL: "everything",
+    }
     found = {remat: [name or "the step" for name, r in plan.remat if r is remat] for remat in words}
     if len(plan.layers) == len(found[Remat.FULL]) > 1:
         return "computed again in the backward pass: everything of every layer but what it reads"

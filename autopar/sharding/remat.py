@@ -61,7 +61,11 @@ UNLIMITED = 1 << 60
 MOST_SHOWN = 6
 """Of so many layers it is said what each costs."""
 
-WORDS = {Remat.PRODUCTS: "all but products", Remat.FULL: "everything"}
+WORDS = {
+    Remat.PRODUCTS: "all but products",
+    Remat.PARTS: "everything, part by part",
+    Remat.FULL: "everything",
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,11 @@ class Chosen:
         words = ", ".join(f"{name or 'the step'}: {WORDS[r]}{cost}" for (name, r), cost in zip(again, costs))
         total = "" if each else f"; together {1e3 * sum(self.seconds):.3g} ms"
         return f"memory is short; recomputed in the backward pass: {words}{total}"
+
+
+def are_few(graph: Graph) -> bool:
+    """Returns whether all assignments of alternatives are gone through."""
+    return math.prod(map(len, choosing(graph).values())) <= ENUMERATED
 
 
 def choose(graph: Graph, mesh: Mesh, options: Options) -> Chosen:
@@ -141,7 +150,7 @@ class Search:
         self.names = tuple(self.layers)
         self._promises: dict[Taken, intra.Promise] = {}
         self._graphs: dict[Taken, Graph] = {}
-        self.few = math.prod(map(len, self.layers.values())) <= ENUMERATED
+        self.few = are_few(self.graph)
         every = layer_kinds(self.graph)
         self.kinds = {name: every[self.graph.layers.index(name)] if name else () for name in self.names}
         self.brief = shallow(self.graph, every)

@@ -24,7 +24,7 @@ from autopar.trace.forward_layers import (
     relevant_variables,
 )
 from autopar.trace.grad_equation import GRAD, grad, value_and_grad
-from autopar.trace.layer_vjp import Derivative, Layer, cut, relocated, tracebacks
+from autopar.trace.layer_vjp import Derivative, Layer, cut, has_parts, relocated, tracebacks
 from autopar.trace.rename import keep_names
 from autopar.trace.sinking import sunk
 from autopar.trace.twins import Differentiator
@@ -167,7 +167,7 @@ class _Differentiation:
     def _add_forward(self, layer: Layer) -> tuple[Layer, list[_Way]]:
         name, count = self.assigned.names[layer.index], len(layer.outputs)
         forced = layer.index in self.assigned.remat
-        remats = (Remat.FULL,) if forced else ways(self.remat, name)
+        remats = (Remat.FULL,) if forced else _distinct(ways(self.remat, name), layer)
         operands = [self._outer(v) for v in layer.inputs]
         found: list[_Way] = []
         made: list[list[Atom]] = []
@@ -244,6 +244,13 @@ def _passed_on(way: _Way, made: Sequence[Atom], outputs: Sequence[Atom]) -> _Way
     """Returns the way with what it leaves to other layers read from where they read it, not kept twice."""
     names = {a: b for a, b in zip(made, outputs) if isinstance(a, Var)}
     return replace(way, residuals=[names.get(a, a) if isinstance(a, Var) else a for a in way.residuals])
+
+
+def _distinct(remats: Sequence[Remat], layer: Layer) -> tuple[Remat, ...]:
+    """Returns ways to differentiate a layer: computing its only part again computes everything."""
+    if Remat.PARTS not in remats or has_parts(layer):
+        return tuple(remats)
+    return tuple(dict.fromkeys(Remat.FULL if remat is Remat.PARTS else remat for remat in remats))
 
 
 def _scalar(value: float, like: Var) -> Literal:

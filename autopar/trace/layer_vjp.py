@@ -12,6 +12,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Var, jaxpr_as_fun
 from autopar.core.graph import Remat
 from autopar.trace import compat
 from autopar.trace.compat import Atom
+from autopar.trace.waists import parts
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,6 @@ class Derivative:
 
 
 _KEEPS = {
-    Remat.NONE: jax.checkpoint_policies.everything_saveable,
     Remat.PRODUCTS: jax.checkpoint_policies.dots_saveable,
     Remat.FULL: jax.checkpoint_policies.nothing_saveable,
 }
@@ -134,7 +134,7 @@ def differentiate_layer(layer: Layer, relevant: frozenset[Var], remat: Remat) ->
         return Derivative(closed, None, (), ())
     position = {v: i for i, v in enumerate(layer.inputs)}
     differentiable = [layer.outputs.index(v) for v in targets]
-    fun = jaxpr_as_fun(closed)
+    fun = _part_by_part(layer) if remat is Remat.PARTS else jaxpr_as_fun(closed)
 
     def split(values: Sequence[Any], everything: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         full = list(everything)
@@ -143,7 +143,7 @@ def differentiate_layer(layer: Layer, relevant: frozenset[Var], remat: Remat) ->
         results = fun(*full)
         return [results[i] for i in differentiable], results
 
-    traced = split if remat is Remat.NONE else jax.checkpoint(split, policy=_KEEPS[remat])
+    traced = jax.checkpoint(split, policy=_KEEPS[remat]) if remat in _KEEPS else split
     trees: list[Any] = []
 
     def forward(*everything: Any) -> tuple[Any, Any]:
@@ -159,6 +159,32 @@ def differentiate_layer(layer: Layer, relevant: frozenset[Var], remat: Remat) ->
         residuals, [v.aval for v in targets]
     )
     return Derivative(ahead, back, targets, wanted)
+
+
+def has_parts(layer: Layer) -> bool:
+    """Returns whether a layer has several parts, of which each can be computed again by itself."""
+    return max(parts(layer.equations, layer.outputs), default=0) > 0
+
+
+def _part_by_part(layer: Layer) -> Callable[..., list[Any]]:
+    """Returns the layer as a function of its inputs, each part of which is computed again by itself."""
+    number = parts(layer.equations, layer.outputs)
+    pieces = cut(layer.equations, number, number[-1] + 1, lambda _: False, layer.outputs)
+    functions = [
+        jax.checkpoint(
+            jaxpr_as_fun(ClosedJaxpr(compat.make_jaxpr(each.inputs, each.outputs, each.equations), ())),
+            policy=_KEEPS[Remat.FULL],
+        )
+        for each in pieces
+    ]
+
+    def run(*inputs: Any) -> list[Any]:
+        values = dict(zip(layer.inputs, inputs, strict=True))
+        for each, function in zip(pieces, functions):
+            values.update(zip(each.outputs, function(*(values[v] for v in each.inputs)), strict=True))
+        return [values[v] for v in layer.outputs]
+
+    return run
 
 
 def tracebacks(equations: Sequence[JaxprEqn]) -> set[int]:
