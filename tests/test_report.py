@@ -9,7 +9,7 @@ from autopar.core.graph import Value
 from autopar.core.timeline import Event, Timeline
 from autopar.program import emit, schedule, simulate
 from autopar.report import chrome, picture
-from autopar.report.tensors import groups, path_of
+from autopar.report.tensors import groups, path_of, standing
 from autopar.report.text import plan_text
 from autopar.report.units import seconds, share, size
 from tests.test_program import golden, pipeline, sharding
@@ -50,6 +50,11 @@ def plan():
 
 def test_a_plan_prints(plan):
     golden("plan_text", plan_text(plan))
+
+
+def test_new_state_is_no_tensor_of_its_own(plan):
+    new = {plan.outputs[output] for output, _ in plan.aliases}
+    assert new and standing(plan).keys() == plan.value.keys() - new
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])

@@ -11,7 +11,7 @@ from autopar.core.graph import Graph
 from autopar.core.plan import Plan
 from autopar.core.timeline import Timeline
 from autopar.report.layers_picture import draw_layers, height_of, rows_of, width_of
-from autopar.report.tensors import groups
+from autopar.report.tensors import groups, standing
 from autopar.report.text import layers_text
 from autopar.report.units import seconds, share, size
 
@@ -91,7 +91,7 @@ def _boxes(axes: Axes, plan: Plan) -> None:
             for j in range(min(shape[1], 16)):
                 corner = (middle + (j - shape[1] / 2) * cell, 0.60 - i * 0.09)
                 axes.add_patch(Rectangle(corner, cell * 0.85, 0.07, facecolor=colour, edgecolor="white"))
-        lines = [f"{_short(g.pattern)} {specs.text(g.spec)}" for g in groups(stage.sharding, plan.value)[:4]]
+        lines = [f"{_short(g.pattern)} {specs.text(g.spec)}" for g in groups(stage.sharding, standing(plan))[:4]]
         sent = sum(c.nbytes * c.count for c in stage.sharding.collectives)
         lines.append(f"collectives {size(sent)} a step")
         axes.text(

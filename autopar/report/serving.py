@@ -11,7 +11,7 @@ from rich.table import Table
 
 from autopar.core import spec as specs
 from autopar.report.picture import PALETTE, figure_of
-from autopar.report.tensors import groups
+from autopar.report.tensors import groups, standing
 from autopar.report.text import WIDTH, layers_text
 from autopar.report.units import seconds, size
 
@@ -68,7 +68,7 @@ def cut_text(plan: Serving, s: int) -> str:
     stage = plan.decode.stages[s]
     if stage.mesh.size == 1:
         return "–"
-    found = groups(stage.sharding, plan.decode.value)
+    found = groups(stage.sharding, standing(plan.decode))
     cache = next((g for g in found if g.pattern.startswith("cache")), None)
     weights = [g for g in found if g.pattern.startswith("params")]
     total = sum(g.value.nbytes * g.count for g in weights)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.core.graph import Value
-from autopar.core.plan import ShardingPlan
+from autopar.core.plan import Plan, ShardingPlan
 from autopar.core.spec import Spec
 
 _INDEX = re.compile(r"\d+")
@@ -33,6 +33,12 @@ class Group:
 def path_of(name: str) -> tuple[str, ...]:
     """Returns the parts of a tree path: "state.params['Block_0']['kernel']" is state, params, …"""
     return tuple(a or b or c for a, b, c in _PART.findall(name))
+
+
+def standing(plan: Plan) -> dict[int, Value]:
+    """Returns a plan's values by number, but for new state: it takes the place of the old, so both are one."""
+    new = {plan.outputs[output] for output, _ in plan.aliases}
+    return {v: value for v, value in plan.value.items() if v not in new}
 
 
 def groups(sharding: ShardingPlan, values: dict[int, Value]) -> list[Group]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from autopar.core import spec as specs
 from autopar.core.graph import Remat
 from autopar.core.plan import Memory, Plan, Stage
-from autopar.report.tensors import groups
+from autopar.report.tensors import groups, standing
 from autopar.report.units import seconds, share, size
 
 WIDTH = 132
@@ -96,7 +96,7 @@ def _tensors(plan: Plan, most: int) -> Table:
         table.add_column(name)
     table.add_column("each device holds", justify="right")
     for s, stage in enumerate(plan.stages):
-        found = groups(stage.sharding, plan.value)
+        found = groups(stage.sharding, standing(plan))
         for group in found[:most]:
             part = group.nbytes / specs.shards(group.spec, stage.mesh)
             name = group.pattern + (f"  × {group.count}" if group.count > 1 else "")
