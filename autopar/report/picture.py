@@ -91,7 +91,8 @@ def _boxes(axes: Axes, plan: Plan) -> None:
             for j in range(min(shape[1], 16)):
                 corner = (middle + (j - shape[1] / 2) * cell, 0.60 - i * 0.09)
                 axes.add_patch(Rectangle(corner, cell * 0.85, 0.07, facecolor=colour, edgecolor="white"))
-        lines = [f"{_short(g.pattern)} {specs.text(g.spec)}" for g in groups(stage.sharding, standing(plan))[:4]]
+        largest = groups(stage.sharding, standing(plan))[:4]
+        lines = [f"{_short(g.pattern)} {specs.text(g.spec)}" for g in largest]
         sent = sum(c.nbytes * c.count for c in stage.sharding.collectives)
         lines.append(f"collectives {size(sent)} a step")
         axes.text(

@@ -36,7 +36,7 @@ def path_of(name: str) -> tuple[str, ...]:
 
 
 def standing(plan: Plan) -> dict[int, Value]:
-    """Returns a plan's values by number, but for new state: it takes the place of the old, so both are one."""
+    """Returns a plan's values by number, but for new state, which takes the place of the old."""
     new = {plan.outputs[output] for output, _ in plan.aliases}
     return {v: value for v, value in plan.value.items() if v not in new}
 
