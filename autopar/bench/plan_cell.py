@@ -231,7 +231,7 @@ def cell(bench: Bench, label: str) -> Cell:
 def fingerprint(found: ShardingPlan) -> str:
     """Returns a short name for what a plan compiles to: equal for plans of one step with equal layouts."""
     said = (found.mesh.shape, found.specs, found.uses, found.partials, found.loops)
-    types = (found.dtypes, found.products, found.regather)
+    types = (found.dtypes, found.products, found.regather, *found.held)
     return hashlib.sha256(repr((said, types)).encode()).hexdigest()[:12]
 
 

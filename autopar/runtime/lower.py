@@ -96,6 +96,7 @@ class _Layouts:
     reads: dict[tuple[int, int], Spec]
     made: dict[tuple[int, int], Spec]
     loops: dict[int, LoopLayouts]
+    held: dict[int, int]
 
     @classmethod
     def of(cls, plan: ShardingPlan | LoopLayouts) -> _Layouts:
@@ -104,6 +105,7 @@ class _Layouts:
             reads={(e, k): spec for e, k, spec in plan.uses},
             made={(e, k): spec for e, k, spec in plan.partials},
             loops={loop.equation: loop for loop in plan.loops},
+            held=dict(plan.held) if isinstance(plan, ShardingPlan) else {},
         )
 
 
@@ -160,7 +162,7 @@ class _Evaluation:
         """Returns the outputs' arrays, given those of all inputs in `env`."""
         for e in equations:
             equation = self.traced.graph.equations[e]
-            operands = [self._read(e, k, v, env[v]) for k, v in enumerate(equation.inputs) if v is not None]
+            operands = [self._read(e, k, v, env) for k, v in enumerate(equation.inputs) if v is not None]
             results = self._bind(e, equation, operands)
             for k, (v, x) in enumerate(zip(equation.outputs, results, strict=True)):
                 env[v] = self._keep(e, k, v, x)
@@ -189,12 +191,13 @@ class _Evaluation:
             return self.target.bind(self.traced, e, operands)
         return evaluate.bind_loop(self.traced, e, operands, _Body(self, e, equation))
 
-    def _read(self, e: int, k: int, v: int, x: Array) -> Array:
+    def _read(self, e: int, k: int, v: int, env: Mapping[int, Array]) -> Array:
         """An operand in the layout its equation reads it in, reached in the steps that were priced."""
         wanted, kept = self.layouts.reads.get((e, k)), self.layouts.kept.get(v)
         if wanted is None or wanted == kept:
-            return x
-        again = self._again(e, v)
+            return env[v]
+        v = self.layouts.held.get(v, v)
+        again, x = self._again(e, v), env[v]
         if (v, wanted, again) not in self._moved:
             # behind a barrier, or the compiler would merge it with the forward's move and keep the result
             source = jax.lax.optimization_barrier(x) if again else x

@@ -67,7 +67,7 @@ def _each_read(model: Model, grid: Grid, nbytes: Sizes) -> Iterator[tuple[Read, 
         value = model.value(read.key)
         # layouts by identity: they are held by the model, and many
         columns = id(read.source.layouts), id(read.target.layouts)
-        key = value.shape, value.dtype, *columns, read.times, len(read.kernels)
+        key = value.shape, value.dtype, *columns, read.times, len(read.kernels), read.held
         if key not in known:
             known[key] = read_seconds(model, read, grid, nbytes)
         yield read, known[key]
@@ -105,7 +105,19 @@ def read_seconds(model: Model, read: Read, grid: Grid, nbytes: Sizes) -> Floats:
     if not size:
         return np.zeros_like(fixed)
     seconds = read.times * (fixed + A_MOVE * count + (per_byte + once if read.kernels else per_byte) * size)
+    if read.held is not None:
+        return _held(read, seconds)
     return seconds + _further(model, read, grid, nbytes) if len(read.kernels) > 1 else seconds
+
+
+def _held(read: Read, seconds: Floats) -> Floats:
+    """Returns the seconds of a read that only half of the target's choices need (`Read.held`): what is held
+    is what the forward moved, as it moved it; where nothing would have to be moved, nothing is held."""
+    half = len(read.target.layouts) // 2
+    same = np.array([[x == y for y in read.target.layouts[:half]] for x in read.source.layouts])
+    if read.held:
+        return np.hstack([np.zeros_like(same, float), np.where(same, 0.0, np.inf)])
+    return np.hstack([seconds[:, :half], np.where(same, np.inf, 0.0)])
 
 
 def _further(model: Model, read: Read, grid: Grid, nbytes: Sizes) -> Floats:

@@ -8,11 +8,13 @@ then are not held in between.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from autopar.core.graph import Phase
 from autopar.sharding.grid import Grid
-from autopar.sharding.model import Home, Key, Model, Read
+from autopar.sharding.holding import twins
+from autopar.sharding.model import Holding, Home, Key, Model, Read
 from autopar.sharding.region import Region
 from autopar.sharding.resharding import table_for
 
@@ -24,22 +26,46 @@ def moved_for(region: Region, regather: bool, key: Key, phase: Phase) -> str:
 
 
 def share_reads(model: Model, grid: Grid, region: Region, regather: bool) -> None:
-    """Puts a copy node between every value and its readers, where it has several in a program."""
+    """Puts a copy node between every value and its readers, where it has several in a program, or where what
+    the forward moved may be held for the backward (`autopar.sharding.holding`)."""
+    equal = twins(region, model)
+    ahead = {*equal.values()}
+    copies: dict[Key, Home] = {}
     groups: dict[tuple[Key, str, Home], list[int]] = {}
     for r, read in enumerate(model.reads):
         if not read.tie and read.source.node != read.target.node:
             group = moved_for(region, regather, read.key, read.phase)
             groups.setdefault((read.key, group, read.source), []).append(r)
     for (key, _, source), members in groups.items():
-        phase = model.reads[members[0]].phase
-        if len({model.reads[r].target.node for r in members}) < 2:
-            continue
-        layouts = table_for(model.value(key).shape, grid).layouts
-        owner = model.owners.get(source.node)
-        node = model.node("copy", len(layouts), ("copy", model.value(key).shape), owner=owner)
-        offered = Home(node, layouts)
-        times = max(model.reads[r].times for r in members)
-        for r in members:
-            model.reads[r] = replace(model.reads[r], source=offered)
-        kernels = frozenset[int]().union(*(model.reads[r].kernels for r in members))
-        model.reads.append(Read(key, source, offered, phase, times, copy=True, kernels=kernels))
+        first = copies.get(equal[key]) if key in equal else None
+        several = len({model.reads[r].target.node for r in members}) > 1
+        if several or key in ahead or first is not None:
+            copies[key] = _offered(model, grid, source, members, first)
+            if first is not None:
+                _hold(model, key, equal[key], first, copies[key])
+
+
+def _offered(model: Model, grid: Grid, source: Home, members: Sequence[int], first: Home | None) -> Home:
+    """Adds a copy of a value for some of its reads. first: that of the forward, which may be held for it."""
+    reads = [model.reads[r] for r in members]
+    key, shape = reads[0].key, model.value(reads[0].key).shape
+    layouts = table_for(shape, grid).layouts
+    like = ("copy", shape) if first is None else ("held", shape)
+    layouts = layouts if first is None else layouts + layouts
+    offered = Home(model.node("copy", len(layouts), like, owner=model.owners.get(source.node)), layouts)
+    for r, read in zip(members, reads, strict=True):
+        model.reads[r] = replace(read, source=offered)
+    times = max(read.times for read in reads)
+    kernels = frozenset[int]().union(*(read.kernels for read in reads))
+    held = None if first is None else False
+    model.reads.append(
+        Read(key, source, offered, reads[0].phase, times, copy=True, kernels=kernels, held=held)
+    )
+    return offered
+
+
+def _hold(model: Model, key: Key, of: Key, first: Home, offered: Home) -> None:
+    """Lets a copy take over what the forward moved to its own."""
+    times, phase = model.reads[-1].times, model.reads[-1].phase
+    model.reads.append(Read(of, first, offered, phase, times, copy=True, held=True))
+    model.holdings.append(Holding(key, of, offered.node, first.layouts))

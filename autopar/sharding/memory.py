@@ -94,7 +94,12 @@ def usage(
         keep(key, home, (start, stop, residual))
         for when, longer in () if given else spans.longer(key, stop):
             keep(key, model.entry(key, when), longer)
-    return (*items, *_turned(model, local, nbytes), *_passing_by(model, local, nbytes))
+    return (
+        *items,
+        *_turned(model, local, nbytes),
+        *_held(model, local, nbytes),
+        *_passing_by(model, local, nbytes),
+    )
 
 
 class Local:
@@ -257,6 +262,20 @@ def _turned(model: Model, local: Local, nbytes: Callable[[Value], int]) -> list[
                 later = np.maximum(0, step.ways.resolving[0] - 1) * local(size, step.ways.made[0])
                 each = np.maximum(0, each - later)
             found.append(Item(read.target.node, step.tick, step.tick + 1, each, TURNED, read.key))
+    return found
+
+
+def _held(model: Model, local: Local, nbytes: Callable[[Value], int]) -> list[Item]:
+    """Returns what held copies take between their last reader of the forward and their first of the
+    backward."""
+    found: list[Item] = []
+    for each in model.holdings:
+        size = local(nbytes(model.value(each.of)), each.layouts)
+        start = max(tick for tick, phase in model.uses[each.of] if phase is Phase.FORWARD) + 1
+        stop = min(tick for tick, _ in model.uses[each.key])
+        if start < stop:
+            taken = np.concatenate([np.zeros_like(size), size])
+            found.append(Item(each.node, start, stop, taken, RESIDUAL, each.of))
     return found
 
 

@@ -72,6 +72,8 @@ class Read:
         copy: the target only offers the value to its readers.
         kernels: ticks of those that compute the value themselves where it lies as wanted: moved, it has to be
             written, and read by each.
+        held: of a copy whose layouts are there twice (`Holding`): False: it is read from where it lies for
+            the first half of them, True: from the forward's copy for the second.
     """
 
     key: Key
@@ -84,6 +86,27 @@ class Read:
     lazy: bool = False
     copy: bool = False
     kernels: frozenset[int] = frozenset()
+    held: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A value of the backward that equals one of the forward, and may be taken from what that was moved to.
+
+    Attributes:
+        key: of the backward. of: of the forward.
+        node: the copy for the readers of the backward; each of `layouts` is two of its choices, moved anew
+            for the backward and, in the second half, held since the forward.
+    """
+
+    key: Key
+    of: Key
+    node: int
+    layouts: tuple[Layout, ...]
+
+    def held(self, choice: int) -> bool:
+        """Returns whether a choice of the node is to hold what the forward moved."""
+        return choice >= len(self.layouts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +146,7 @@ class Model:
         entries: homes from which alternatives read.
         streaming: (node, phase) → seconds per step in which elementwise kernels read and write memory, for
             each choice.
+        holdings: what may be held from the forward to the backward instead of being moved again.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -144,6 +168,7 @@ class Model:
     same: list[tuple[Home, Home]] = field(default_factory=list)
     entries: dict[tuple[Key, Alternative], Home] = field(default_factory=dict)
     streaming: dict[tuple[int, Phase], npt.NDArray[np.float64]] = field(default_factory=dict)
+    holdings: list[Holding] = field(default_factory=list)
 
     def node(
         self,

@@ -96,8 +96,8 @@ class Moments:
         """Returns the costs at prices per byte and tick. worth: of a second. barred: node → choices that may
         not be taken."""
         passed = np.concatenate([[0.0], np.cumsum(prices)])
-        nodes = [np.where(np.isfinite(c), worth * c, c) for c in self.costs.nodes]
-        edges = {k: np.where(np.isfinite(m), worth * m, m) for k, m in self.costs.edges.items()}
+        nodes = [_scaled(c, worth) for c in self.costs.nodes]
+        edges = {k: _scaled(m, worth) for k, m in self.costs.edges.items()}
         for node, wrong in (barred or {}).items():
             nodes[node][wrong] = np.inf
         for t in terms:
@@ -189,7 +189,7 @@ class Moments:
         but not certain: they may want it in other layouts. Certain is that each has it while it runs.
         """
         model, local = self.setting.model, Local(self.setting.grid)
-        copies = {read.target.node: read for read in model.reads if read.copy}
+        copies = {read.target.node: read for read in model.reads if read.copy and not read.held}
         spans: dict[int, list[int]] = {}
         done: set[tuple[Key, int]] = set()
         found: list[Term] = []
@@ -215,6 +215,11 @@ class Moments:
             read = copies[node]
             add(read.key, read.source, read.target, min(when), max(when) + 1)
         return found
+
+
+def _scaled(seconds: Floats, worth: float) -> Floats:
+    """Returns seconds times their worth; what may not be taken stays so, whatever seconds are worth."""
+    return np.multiply(seconds, worth, out=np.full_like(seconds, np.inf), where=np.isfinite(seconds))
 
 
 def moments_of(setting: Setting) -> Moments:

@@ -311,6 +311,7 @@ def _finish(setting: Setting, solved: Solved, price: float) -> ShardingPlan:
         products=options.products,
         loops=loops(out, model, grid),
         regather=bool(options.regather),
+        held=tuple(sorted((v, of) for (_, v), (_, of) in out.held.items())),
     )
 
 
@@ -327,4 +328,5 @@ def relabel(plan: ShardingPlan, region: Region) -> ShardingPlan:
         partials=sites(plan.partials),
         collectives=tuple(replace(c, value=region.ids[c.value]) for c in plan.collectives),
         loops=tuple(replace(x, equation=region.indices[x.equation]) for x in plan.loops),
+        held=tuple(sorted((region.ids[v], region.ids[of]) for v, of in plan.held)),
     )

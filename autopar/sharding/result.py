@@ -22,11 +22,12 @@ Triples = tuple[tuple[int, int, Spec], ...]
 
 @dataclass
 class Outcome:
-    """What a choice means. seconds: per phase, for a whole step."""
+    """What a choice means. held: see `ShardingPlan`. seconds: per phase, for a whole step."""
 
     layouts: dict[Key, Layout] = field(default_factory=dict)
     uses: dict[tuple[Path, int, int], Layout] = field(default_factory=dict)
     partials: dict[tuple[Path, int, int], Layout] = field(default_factory=dict)
+    held: dict[Key, Key] = field(default_factory=dict)
     collectives: list[Collective] = field(default_factory=list)
     seconds: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(Phase, 0.0))
 
@@ -56,6 +57,8 @@ class Reader:
     def read(self) -> Outcome:
         """Returns what the choice means."""
         self.out.layouts = {key: self.at(home) for key, home in self.model.homes.items()}
+        taken = (each for each in self.model.holdings if each.held(self.chosen[each.node]))
+        self.out.held = {each.key: each.of for each in taken}
         for key in self.model.lazy:
             wanted = [self.at(target) for target, _ in self.model.wanted.get(key, ())]
             rank = len(self.model.value(key).shape)
@@ -89,7 +92,8 @@ class Reader:
             have = self.at(read.source) if read.tie else self.out.layouts[read.key]
             if read.site is not None and not read.tie and want != have:
                 self.out.uses[read.site] = want
-            self._move(read.key, have, want, read.phase, read.times, len(read.kernels))
+            key = self.out.held.get(read.key, read.key)
+            self._move(key, have, want, read.phase, read.times, len(read.kernels))
 
     def _lazies(self) -> None:
         """Lazy values are made in a layout of which every reader takes a part."""
