@@ -23,13 +23,13 @@ from autopar.sharding.solving import minimise
 if TYPE_CHECKING:
     from autopar.sharding.setting import Setting
 
-GLANCE, TRY = 0.25, 1.0
+GLANCE, TRY = 0.25, 0.5
 """Seconds for a bound, and for each plan."""
 
 ROUGH = 0.01
 """How near the best is near enough."""
 
-TRIES = 5
+TRIES = 3
 """Plans that are looked for one after another."""
 
 SMALL = 500

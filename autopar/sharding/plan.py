@@ -19,7 +19,7 @@ from autopar.sharding.mixing import keeping_products
 from autopar.sharding.options import Options
 from autopar.sharding.region import Region, extract, region_key
 from autopar.sharding.result import Reader, loops, specs_of, triples
-from autopar.sharding.setting import Setting, canonical, check_options, limit_of, pinned, prepare
+from autopar.sharding.setting import Setting, alike, canonical, check_options, limit_of, pinned, prepare
 from autopar.sharding.solving import Solved
 from autopar.sharding.squeeze import promised, proven
 
@@ -216,9 +216,12 @@ def _kept_or_moved(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
         kept = _solve(setting)
     except DoesNotFit as error:
         hopeless = promised(setting, limit_of(options, mesh)) > FARTHER * options.ceiling
-        if error.least is not None or hopeless:  # whatever is moved again, that fits no better
+        other = _prepared(keyed, mesh, again)
+        if (
+            error.least is not None or hopeless or alike(setting, other)
+        ):  # whatever is moved, that fits no better
             raise
-        return _solve(_prepared(keyed, mesh, again))
+        return _solve(other)
     if kept.objective <= (1 + options.gap) * setting.free(options.memory_price).objective:
         return kept
     if setting.deep and kept.gap <= FAR:
@@ -226,6 +229,8 @@ def _kept_or_moved(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
     ceiling = min(kept.objective, options.ceiling)
     other = _prepared(keyed, mesh, replace(again, ceiling=ceiling))
     limit = limit_of(options, mesh)
+    if alike(setting, other):
+        return kept
     if promised(setting, limit) > FARTHER * ceiling:
         return replace(kept, bound=min(kept.bound, max(0.0, proven(other, limit))))
     try:

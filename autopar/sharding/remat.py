@@ -203,13 +203,16 @@ class Search:
         yield from self._relaxed(path[0])
 
     def _promising(self) -> Iterator[Taken]:
-        """Yields all assignments, the one first that promises to be fastest. Promises that come cheap are too
-        good: an assignment is looked at thoroughly before it is yielded."""
+        """Yields assignments, the one first that promises to be fastest, until none promises to be faster
+        than the best that was planned. Promises that come cheap are too good: an assignment is looked at
+        thoroughly before it is yielded."""
         every = itertools.product(*self.layers.values())
         waiting = [(self.promise(taken).seconds, k, taken, False) for k, taken in enumerate(every)]
         heapq.heapify(waiting)
         while waiting:
-            _, k, taken, sure = heapq.heappop(waiting)
+            promised, k, taken, sure = heapq.heappop(waiting)
+            if self.best is not None and promised >= self.planned(self.best).objective:
+                return
             if sure:
                 yield taken
             else:

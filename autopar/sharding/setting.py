@@ -123,6 +123,23 @@ class Setting:
         return held + cut_at_once(parts, chosen)
 
 
+def alike(a: Setting, b: Setting) -> bool:
+    """Returns whether two settings are the same problem: nothing is moved in one that is not in the other."""
+
+    def reads(setting: Setting) -> list[tuple[Hashable, ...]]:
+        found = setting.model.reads
+        return [(r.key, r.source.node, r.target.node, r.phase, r.times, r.site, r.copy) for r in found]
+
+    if len(a.model.nodes) != len(b.model.nodes) or reads(a) != reads(b):
+        return False
+    one, other = a.plain(0.0, cautious=False), b.plain(0.0, cautious=False)
+    return (
+        one.edges.keys() == other.edges.keys()
+        and all(map(np.array_equal, one.nodes, other.nodes))
+        and all(np.array_equal(matrix, other.edges[pair]) for pair, matrix in one.edges.items())
+    )
+
+
 def limit_of(options: Options, mesh: Mesh) -> int:
     """Returns the bytes a device may use."""
     return mesh.device.memory if options.limit is None else options.limit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +30,9 @@ class Solved:
     status: str
 
 
-def minimise(costs: Costs, limit: int | None, seconds: float, gap: float) -> Solved:
-    """Returns the best choice per node within `limit` bytes at every tick (None: no limit).
+def minimise(costs: Costs, limit: int | Sequence[int] | None, seconds: float, gap: float) -> Solved:
+    """Returns the best choice per node within `limit` bytes at every tick, of which each may have its own
+    (None: no limit).
 
     seconds: of the processor, so that a plan does not depend on what else the machine does.
     """

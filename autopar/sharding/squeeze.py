@@ -27,6 +27,7 @@ from scipy.optimize import linprog
 from autopar.sharding.lowered import SMALL, attempts, bounded, expected
 from autopar.sharding.moments import Chosen, Floats, Moments, Seen, known_of, moments_of, remember
 from autopar.sharding.solving import minimise
+from autopar.sharding.vicinity import Vicinity
 
 if TYPE_CHECKING:
     from autopar.sharding.setting import Setting
@@ -49,6 +50,10 @@ promise to be for it to be looked at."""
 
 ANSWER, PROOF = 1.0, 1.0
 """Seconds for one answer and one proof, at most."""
+
+DEAR, AROUND = 2.0, 2.0
+"""Times the price of a byte at which plans near known ones are looked for, to begin with, and times as many
+seconds as asked for, from each."""
 
 LONGER = 1.0
 """Times as many seconds as asked for are spent on branching, at most."""
@@ -139,6 +144,8 @@ class Squeeze:
         if small and self._worth(mixture):
             self.deadline = time.process_time() + LONGER * self.extra
             self._branch(unit, mixture)
+        if small and (self._worth(mixture) or not mixture.fits):
+            self._look_around(DEAR * float(mixture.prices.sum()))
 
     def _excluded(self) -> None:
         """Looks for the least that every plan takes; of a region that has no plan at all nothing is known."""
@@ -238,6 +245,16 @@ class Squeeze:
         """Looks at the plans that the integer program finds."""
         for chosen in attempts(self.moments, self.limit, mixture.prices):
             self._judge(remember(self.moments.setting, chosen))
+
+    def _look_around(self, price: float) -> None:
+        """Looks for better plans near the one that is best at a price of every byte above the limit, and near
+        the fastest within it."""
+        around = Vicinity(self.moments, self.limit)
+        starts = [min(self.seen.values(), key=lambda seen: around.score(seen, price)), self.found.fastest]
+        for start in {start.chosen: start for start in starts if start is not None}.values():
+            for seen in around.search(start, price, time.process_time() + AROUND * self.extra):
+                self.seen[seen.chosen] = seen
+                self._judge(seen)
 
     # branches
     def _worth(self, mixture: Mixture) -> bool:
