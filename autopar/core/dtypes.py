@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 _BITS = re.compile(r"(?:bool|[a-z]+?(\d+))(?:_.*)?$")
 
 
+@functools.cache
 def itemsize(dtype: str) -> int:
     """Returns the bytes of one element of `dtype` ("float32", "bfloat16", "float8_e4m3fn", "key<fry>", …).
 

@@ -42,9 +42,10 @@ def colours(costs: Costs, rounds: int) -> list[int]:
             memo[id(x)] = hash((np.round(x * 1e12) + 0.0).tobytes())  # no zeros with a sign
         return memo[id(x)]
 
+    held = {key: x.tobytes() for key, x in {id(item.nbytes): item.nbytes for item in costs.items}.items()}
     usage: list[list[tuple[bool, bytes]]] = [[] for _ in costs.nodes]
     for item in costs.items:
-        usage[item.node].append((item.lasting, item.nbytes.tobytes()))
+        usage[item.node].append((item.lasting, held[id(item.nbytes)]))
     near: list[list[tuple[int, int, int]]] = [[] for _ in costs.nodes]
     for (a, b), seconds in costs.edges.items():
         near[a].append((b, digest(seconds), 0))

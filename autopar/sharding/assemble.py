@@ -50,11 +50,16 @@ def assemble(model: Model, grid: Grid, nbytes: Sizes, items: tuple[Item, ...], p
     """Returns the costs of a model. price: seconds per byte of state and residuals."""
     nodes = [node.cost.copy() for node in model.nodes]
     for step in model.steps:
-        nodes[step.node] += step.times * step.ways.totals
+        if not step.ways.free:
+            nodes[step.node] += step.times * step.ways.totals
     for (node, _), seconds in model.streaming.items():
         nodes[node] += seconds
+    worth: dict[tuple[int, bool], Floats] = {}  # like items share their bytes
     for item in items:
-        nodes[item.node] += (price if item.lasting else 0.0) * item.nbytes + TIE_BREAK * item.nbytes
+        key = id(item.nbytes), item.lasting
+        if key not in worth:
+            worth[key] = (price if item.lasting else 0.0) * item.nbytes + TIE_BREAK * item.nbytes
+        nodes[item.node] += worth[key]
     edges = _summed(nodes, _each_read(model, grid, nbytes))
     likes = tuple(node.like for node in model.nodes)
     return Costs(tuple(nodes), edges, items, likes, tuple(range(len(nodes))))

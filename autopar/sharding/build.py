@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from autopar.core.dtypes import itemsize
 from autopar.core.graph import Equation, OpKind, Phase, Value
 from autopar.core.mesh import Device
 from autopar.sharding import alternatives
 from autopar.sharding.grid import Grid, Layout
-from autopar.sharding.model import Home, Key, Lazy, Model, Read, Scope, Site, Step
+from autopar.sharding.model import Home, Key, Lazy, Model, Path, Read, Scope, Site, Step
 from autopar.sharding.options import Options
 from autopar.sharding.region import Region
 from autopar.sharding.resharding import table_for
@@ -36,6 +36,9 @@ laid out.
 
 ELEMENTWISE = (OpKind.FUSED, OpKind.VIEW)
 
+FOLLOWING = (*ELEMENTWISE, OpKind.MEMORY, OpKind.INDEXED)
+"""What may follow one of its operands."""
+
 
 class Builder:
     """Builds the model of one region. See `autopar.sharding.model` for the words used."""
@@ -43,19 +46,19 @@ class Builder:
     def __init__(self, region: Region, grid: Grid, device: Device, options: Options):
         self.region, self.grid, self.device, self.options = region, grid, device, options
         self.kept = dict(options.dtypes)
-        self.sizes: dict[int, tuple[Value, int]] = {}
+        self.kinds: dict[tuple[tuple[int, ...], str], int] = {}
         self.products = dict(options.products)
         self.ties = dict(region.ties)
         self.pinned = {v for v, _ in options.pinned}
         self.model = Model()
         self.state_nodes: set[int] = set()
         self.ops: dict[tuple[object, ...], Op] = {}
+        self.ways: dict[int, tuple[Op, Ways]] = {}
         self.followed: dict[tuple[int, int, int], tuple[Op, tuple[Layout, ...], Ways]] = {}
 
     def build(self) -> Model:
         """Returns the model."""
-        scope = Scope((), self.region.values, self.region.equations)
-        self.model.scopes[()] = scope
+        scope = self.scope((), self.region.values, self.region.equations)
         self.crossing = _crossing(self.region)
         scanned = _scanned(self.region)
         for v in self.region.state:
@@ -75,14 +78,26 @@ class Builder:
         """Returns the phase of the equation that makes a value of the region."""
         return next((e.phase for e in self.region.equations if v in e.outputs), Phase.FORWARD)
 
+    def scope(
+        self,
+        path: Path,
+        values: tuple[Value, ...],
+        equations: tuple[Equation, ...],
+        trips: int = 1,
+        phase: Phase | None = None,
+    ) -> Scope:
+        """Adds the region, or the body of a loop, to the model."""
+        sizes = tuple(map(self.nbytes, values))
+        kinds = tuple(
+            self.kinds.setdefault((v.shape, v.dtype), len(self.kinds) + 1) if v.shape else 0 for v in values
+        )
+        self.model.scopes[path] = Scope(path, values, equations, sizes, kinds, trips, phase)
+        return self.model.scopes[path]
+
     # values
     def nbytes(self, value: Value) -> int:
         """Returns the bytes of a value in the element type that this stage keeps it in."""
-        known = self.sizes.get(id(value))  # asked for so often that hashing the value would take long
-        if known is None or known[0] is not value:
-            known = value, value.size * itemsize(self.kept.get(value.dtype, value.dtype))
-            self.sizes[id(value)] = known
-        return known[1]
+        return value.size * itemsize(self.kept.get(value.dtype, value.dtype))
 
     def layouts(self, shape: tuple[int, ...]) -> tuple[Layout, ...]:
         return table_for(shape, self.grid).layouts
@@ -100,6 +115,11 @@ class Builder:
     def rank(self, scope: Scope, v: int | None) -> int:
         return 0 if v is None else len(scope.values[v].shape)
 
+    def tensors(self, scope: Scope, values: Iterable[int | None]) -> list[tuple[int, Key]]:
+        """Returns position and key of those that are no scalars."""
+        path, kinds = scope.path, scope.kinds
+        return [(k, (path, v)) for k, v in enumerate(values) if v is not None and kinds[v]]
+
     # equations
     def walk(self, scope: Scope) -> None:
         """Adds all equations of a scope."""
@@ -113,11 +133,8 @@ class Builder:
                 self.equation(scope, i, equation)
 
     def equation(self, scope: Scope, i: int, e: Equation) -> None:
-        tensors = [
-            (k, (scope.path, v)) for k, v in enumerate(e.inputs) if v is not None and self.rank(scope, v)
-        ]
-        makes = any(self.rank(scope, v) for v in e.outputs)
-        if not tensors and not makes:
+        tensors = self.tensors(scope, e.inputs)
+        if not tensors and not self.tensors(scope, e.outputs):
             return
         if e.loop is not None:
             self.loop(scope, i, e)
@@ -143,13 +160,14 @@ class Builder:
 
     def op_of(self, scope: Scope, e: Equation) -> Op:
         """Returns what the strategies depend on: one object for equations of one rule and shapes."""
-        values = scope.values
-        shapes = [None if v is None else (values[v].shape, values[v].dtype) for v in e.inputs]
-        made = [(values[v].shape, values[v].dtype) for v in e.outputs]
-        key = id(e.rule), e.kind, e.flops, *shapes, *made
-        if key not in self.ops:
-            self.ops[key] = self.new_op(scope, e)
-        return self.ops[key]
+        kinds = scope.kinds
+        read = [None if v is None else kinds[v] or scope.values[v].dtype for v in e.inputs]
+        made = [kinds[v] or scope.values[v].dtype for v in e.outputs]
+        key = id(e.rule), e.kind, e.flops, *read, *made
+        op = self.ops.get(key)
+        if op is None:
+            op = self.ops[key] = self.new_op(scope, e)
+        return op
 
     def new_op(self, scope: Scope, e: Equation) -> Op:
         assert e.rule is not None, "only equations with a rule have strategies"
@@ -167,26 +185,23 @@ class Builder:
 
     def expands(self, op: Op, homed: Sequence[tuple[int, Key]]) -> bool:
         """Returns whether the results are much larger than all that they are made of."""
-        read = sum(self.nbytes(self.model.value(key)) for _, key in homed)
-        return sum(t.nbytes for t in op.results) >= EXPANSION * read
+        return op.written >= EXPANSION * sum([self.model.nbytes(key) for _, key in homed])
 
     def leader(self, scope: Scope, e: Equation, op: Op, homed: list[tuple[int, Key]]) -> int | None:
         """Returns the operand whose layout the equation follows, or None when it chooses by itself."""
-        size = {k: self.nbytes(self.model.value(key)) for k, key in homed}
+        if op.kind not in FOLLOWING or not homed:
+            return None
+        size = {k: self.model.nbytes(key) for k, key in homed}
         nodes: dict[int, int] = {}  # node → its largest operand
         for k, key in homed:
             node = self.model.homes[key].node
             if node not in nodes or size[k] > size[nodes[node]]:
                 nodes[node] = k
-        if not nodes:
-            return None
-        written = sum(t.nbytes for t in op.results)
-        if op.kind in (OpKind.MEMORY, OpKind.INDEXED):
+        written = op.written
+        if op.kind not in ELEMENTWISE:
             free = not op.rule.fixed and not op.rule.reductions
             shrinks = bool(op.rule.reductions) and MINOR * written <= max(size.values())
             return next(iter(nodes.values())) if len(nodes) == 1 and (free or shrinks) else None
-        if op.kind not in ELEMENTWISE:
-            return None
         if len(nodes) == 1:
             return next(iter(nodes.values()))
         major = [n for n, k in nodes.items() if MINOR * size[k] > written]
@@ -216,18 +231,20 @@ class Builder:
         key = id(op), main, id(home.layouts)
         if key not in self.followed:
             self.followed[key] = op, home.layouts, follow_all(op, main, home.layouts, self.grid)
-        self.run(scope, i, e, home.node, self.followed[key][2], tensors)
+        self.run(scope, i, e, op, home.node, self.followed[key][2], tensors)
 
     def choose(self, scope: Scope, i: int, e: Equation, op: Op, tensors: list[tuple[int, Key]]) -> None:
         """Gives an equation a node of its own."""
-        ways = enumerate_strategies(op, self.grid)
+        if id(op) not in self.ways:  # by identity, as in `follow`
+            self.ways[id(op)] = op, enumerate_strategies(op, self.grid)
+        ways = self.ways[id(op)][1]
         if len(ways) == 1 and op.rule.fixed and self.grid.sizes:
             self.note(e, f"none of its dims can be cut: {self.whole(ways[0].seconds)}")
         parents = frozenset(self.model.homes[key].node for _, key in tensors if key in self.model.homes)
         node = self.model.node(
             e.op, len(ways), ("op", op), parents if op.kind in ELEMENTWISE else frozenset()
         )
-        self.run(scope, i, e, node, ways, tensors)
+        self.run(scope, i, e, op, node, ways, tensors)
 
     def opaque(self, scope: Scope, i: int, e: Equation, tensors: list[tuple[int, Key]]) -> None:
         """Replicates an equation without a rule."""
@@ -237,13 +254,14 @@ class Builder:
         self.note(e, f"no sharding rule: {self.whole(seconds)}")
         way = Strategy(reads, tuple(whole), tuple(whole), seconds)
         node = self.model.node(e.op, 1, ("whole", seconds))
-        self.run(scope, i, e, node, Ways((way,)), tensors)
+        self.run(scope, i, e, None, node, Ways((way,)), tensors)
 
     def run(
         self,
         scope: Scope,
         i: int,
         e: Equation,
+        op: Op | None,
         node: int,
         ways: Ways,
         tensors: Sequence[tuple[int, Key]],
@@ -251,15 +269,30 @@ class Builder:
         """Records a step, what it reads and where its results are."""
         phase = scope.phase or e.phase
         times = self.region.times(phase) * scope.trips
-        self.model.steps.append(Step(scope.path, i, e, node, ways, phase, times, self.model.ticks))
+        self.step(scope, i, op, node, ways, phase, times, self.model.ticks)
         for k, key in tensors:
             if wants := ways.operands[k]:
                 self.pull(key, Home(node, wants), (scope.path, i, k), phase, times)
-        for j, v in enumerate(e.outputs):
-            if self.rank(scope, v):
-                site = scope.path, i, j
-                self.model.made[site] = Home(node, ways.made[j])
-                self.put((scope.path, v), Home(node, ways.results[j]), site, phase, times)
+        for j, key in self.tensors(scope, e.outputs):
+            site = scope.path, i, j
+            self.model.made[site] = Home(node, ways.made[j])
+            self.put(key, Home(node, ways.results[j]), site, phase, times)
+
+    def step(
+        self,
+        scope: Scope,
+        i: int,
+        op: Op | None,
+        node: int,
+        ways: Ways,
+        phase: Phase,
+        times: int,
+        tick: int,
+    ) -> None:
+        """Records that an equation runs. op: None where it has no rule."""
+        e = scope.equations[i]
+        kind, fuses = (e.kind, e.kind is OpKind.VIEW) if op is None else (op.kind, op.fuses)
+        self.model.steps.append(Step(scope.path, i, e, node, ways, phase, times, tick, kind, fuses))
 
     def put(self, key: Key, home: Home, site: Site, phase: Phase, times: int) -> None:
         """Records where a result is; new state moves to where the old one is kept."""
@@ -313,16 +346,14 @@ class Builder:
         if lazy is None:
             return
         scope = self.model.scopes[key[0]]
-        value, e = self.model.value(key), scope.equations[lazy.index]
+        value = self.model.value(key)
         times = self.region.times(phase) * scope.trips
         layouts = self.layouts(value.shape)
         node = self.model.node("made", len(layouts), ("free", value.shape, False))
         home = Home(node, layouts)
         if lazy.op is not None:
             ways = lead_all(lazy.op, lazy.position, layouts, self.grid)
-            self.model.steps.append(
-                Step(key[0], lazy.index, e, node, ways, phase, times, self.model.first[key])
-            )
+            self.step(scope, lazy.index, lazy.op, node, ways, phase, times, self.model.first[key])
             for k, origin in lazy.sources:
                 self.pull(origin, self.through(lazy, k, home), (key[0], lazy.index, k), phase, times)
         tick = self.model.first[key]
@@ -334,8 +365,8 @@ class Builder:
         """Adds a loop: its body once, with carries tied; body inputs choose their layouts."""
         assert e.loop is not None
         phase, body = scope.phase or e.phase, e.loop.body
-        inner = Scope((*scope.path, i), body.values, body.equations, scope.trips * e.loop.length, phase)
-        self.model.scopes[inner.path] = inner
+        trips = scope.trips * e.loop.length
+        inner = self.scope((*scope.path, i), body.values, body.equations, trips, phase)
         outside = self.region.times(phase) * scope.trips
         for k, (v, b) in enumerate(zip(e.inputs, body.inputs, strict=True)):
             self.enter(scope, inner, i, k, v, b, k >= e.loop.consts + e.loop.carries, phase, outside)

@@ -15,13 +15,13 @@ A reshape or a cast-free view of one operand is that operand: who reads the view
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from autopar.core.graph import OpKind, Value
+from autopar.core.graph import OpKind
 from autopar.sharding.model import Key, Model, Step
 from autopar.sharding.region import Region
-from autopar.sharding.strategies import kind_of, streams
 
 INSIDE = (OpKind.FUSED, OpKind.VIEW)
 """What may be computed inside of its readers."""
@@ -48,47 +48,81 @@ class Fusion:
     inside: dict[int, set[int]] = field(default_factory=dict)
 
 
-def fuse(region: Region, model: Model, nbytes: Callable[[Value], int], timed: bool = False) -> Fusion:
-    """Returns which values of a model are fused into their readers.
+class _Result(NamedTuple):
+    """An elementwise result that lies somewhere.
 
-    timed: for what kernels read and write, instead of for what is alive. Then who reads what is one of
-        several alternatives' reads that of each; otherwise it is written. And where all readers are
-        elementwise they compute a sum each for themselves (a reduction among them has it written: the
-        residual stream is not added up anew by every layer); for memory it is taken to be kept, as it is
-        where a barrier or a collective reads it, too.
+    Attributes:
+        step: which makes it. big: the operands that are not broadcast. of: the operand that it is a view of.
     """
-    found = Fusion()
-    hungry = {s.tick for s in model.steps if not fuses(s) and s.equation.op not in EXPANDED}
-    reducing = {step.tick for step in model.steps if kind_of(step.equation) is OpKind.MEMORY}
-    steps = {step.tick for step in model.steps}
+
+    step: Step
+    key: Key
+    big: frozenset[Key]
+    of: Key | None
+
+
+def fusions(region: Region, model: Model) -> tuple[Fusion, Fusion]:
+    """Returns which values of a model are fused into their readers: for what is alive, and for what kernels
+    read and write.
+
+    In the second, who reads what is one of several alternatives' reads that of each; otherwise it is written.
+    And where all readers are elementwise they compute a sum each for themselves (a reduction among them has
+    it written: the residual stream is not added up anew by every layer); for memory it is taken to be kept,
+    as it is where a barrier or a collective reads it, too.
+    """
+    results = _results(model)
+    read = {key: {tick for tick, _ in uses} for key, uses in model.uses.items()}
     summed = region.combine if region.microbatches > 1 else ()
     leaving = {((), v) for v in (*region.leaving, *(v for v, _ in (*region.ties, *summed)))}
-    read = {key: {tick for tick, _ in uses} for key, uses in model.uses.items()}
-    if timed:
-        leaving |= _leaving_bodies(model)
-        for key, joined in alternatives(model).items():
-            for made, tick in joined:
-                read[made] = read[made] - {tick} | read.get(key, set())
-    for step in sorted(model.steps, key=lambda step: -step.tick):  # readers first
-        if kind_of(step.equation) not in INSIDE:
+    alive = _fuse(model, results, dict(read), leaving, timed=False)
+    leaving |= _leaving_bodies(model)
+    for key, joined in alternatives(model).items():
+        for made, tick in joined:
+            read[made] = read[made] - {tick} | read.get(key, set())
+    return alive, _fuse(model, results, read, leaving, timed=True)
+
+
+def _results(model: Model) -> list[_Result]:
+    """Returns the elementwise results, readers first."""
+    found: list[_Result] = []
+    for step in sorted(model.steps, key=lambda step: -step.tick):
+        if step.kind not in INSIDE:
             continue
+        operands = [(step.path, u) for u in step.equation.operands]
+        homed = [key for key in operands if key in model.homes]
         for v in step.equation.outputs:
             key = step.path, v
-            if key not in model.homes or key in leaving:
+            if key in model.homes:
+                size = model.nbytes(key)
+                big = frozenset([u for u in homed if SMALL * model.nbytes(u) > size])
+                view = step.equation.kind is OpKind.VIEW
+                of = next((u for u in big if model.nbytes(u) == size), None) if view else None
+                found.append(_Result(step, key, big, of))
+    return found
+
+
+def _fuse(
+    model: Model, results: Sequence[_Result], read: dict[Key, set[int]], leaving: set[Key], timed: bool
+) -> Fusion:
+    """Returns which results are fused. read: value → ticks of its readers; changed on the way."""
+    found = Fusion()
+    fusing = {step.tick for step in model.steps if step.fuses or step.equation.op in EXPANDED}
+    plain = fusing - {step.tick for step in model.steps if step.kind is OpKind.MEMORY}
+    for step, key, big, of in results:
+        if key in leaving:
+            continue
+        ticks = read.get(key, set[int]())
+        kernels = set[int]().union(*[found.inside.get(tick, (tick,)) for tick in ticks])
+        if _several(model, ticks) or _several(model, kernels):
+            apart = not timed or not ticks <= plain
+            if step.equation.costly or (len(big) > 1 and apart):
                 continue
-            ticks, of = read.get(key, set()), _viewed(step, model, nbytes, v)
-            kernels = {kernel for tick in ticks for kernel in found.inside.get(tick, {tick})}
-            big = _big(step, model, nbytes, nbytes(model.value(key)))
-            several = max(_readers(model, ticks), _readers(model, kernels)) > 1
-            apart = not timed or any(t in hungry or t in reducing or t not in steps for t in ticks)
-            if several and (step.equation.costly or (len(big) > 1 and apart)):
-                continue
-            found.sources[key] = big
-            found.inside.setdefault(step.tick, set()).update(kernels)
-            if of is None:
-                found.kept_for[key] = frozenset(t for t in ticks if t in hungry or t not in steps)
-            else:  # who reads the view reads the value itself
-                read[of] = read[of] - {step.tick} | ticks
+        found.sources[key] = big
+        found.inside.setdefault(step.tick, set()).update(kernels)
+        if of is None:
+            found.kept_for[key] = frozenset(ticks - fusing)
+        else:  # who reads the view reads the value itself
+            read[of] = read[of] - {step.tick} | ticks
     return found
 
 
@@ -99,20 +133,18 @@ def _leaving_bodies(model: Model) -> set[Key]:
 
 def alternatives(model: Model) -> dict[Key, tuple[tuple[Key, int], ...]]:
     """Returns value → (what an alternative makes for it, the tick at which they are joined)."""
-    ticks = {key: model.first[key] - 1 for key in model.homes}
     found: dict[Key, tuple[tuple[Key, int], ...]] = {}
     for path, scope in model.scopes.items():
         for e in scope.equations:
-            key = path, e.outputs[0] if e.outputs else -1
-            if e.kind is OpKind.EITHER and key in model.homes:
-                found[key] = tuple(((path, v), ticks[key]) for v in e.operands)
+            if e.kind is OpKind.EITHER and (key := (path, e.outputs[0])) in model.homes:
+                found[key] = tuple(((path, v), model.first[key] - 1) for v in e.operands)
     return found
 
 
 def mark_fused(model: Model, found: Fusion, timed: Fusion) -> None:
     """Marks the reads of values that their readers compute themselves (`Read.kernels`). timed: what kernels
     do; found: what is alive."""
-    ticks = {(step.path, step.index): step.tick for step in model.steps}
+    ticks = model.ticks_of
     for r, read in enumerate(model.reads):
         if read.key not in found.sources or read.site is None or read.tie:
             continue
@@ -121,33 +153,12 @@ def mark_fused(model: Model, found: Fusion, timed: Fusion) -> None:
             model.reads[r] = replace(read, kernels=frozenset(timed.inside.get(tick, {tick})))
 
 
-def _viewed(step: Step, model: Model, nbytes: Callable[[Value], int], v: int) -> Key | None:
-    """The operand that a result is a view of."""
-    if step.equation.kind is not OpKind.VIEW:
-        return None
-    size = nbytes(model.value((step.path, v)))
-    same = (u for u in _big(step, model, nbytes, size) if nbytes(model.value(u)) == size)
-    return next(same, None)
-
-
-def _readers(model: Model, ticks: set[int]) -> int:
-    """How many kernels read a value: of several alternatives, the one that has most."""
-    if not model.asked:
-        return len(ticks)
+def _several(model: Model, ticks: set[int]) -> bool:
+    """Whether several kernels read a value: of a layer's alternatives, that of which most do counts."""
+    if len(ticks) < 2 or not model.asked:
+        return len(ticks) > 1
     shared = [tick for tick in ticks if tick not in model.asked]
     most: dict[str, int] = {}
     for (layer, _), count in Counter(model.asked[tick] for tick in ticks if tick in model.asked).items():
         most[layer] = max(count, most.get(layer, 0))
-    return len(shared) + sum(most.values())
-
-
-def fuses(step: Step) -> bool:
-    """Whether the kernel of a step may compute its operands itself: elementwise ones and reductions may."""
-    kind, rule = kind_of(step.equation), step.equation.rule
-    return kind is OpKind.VIEW or (rule is not None and streams(kind, rule))
-
-
-def _big(step: Step, model: Model, nbytes: Callable[[Value], int], size: int) -> frozenset[Key]:
-    """The operands that are not broadcast."""
-    operands = ((step.path, u) for u in step.equation.operands)
-    return frozenset(k for k in operands if k in model.homes and SMALL * nbytes(model.value(k)) > size)
+    return len(shared) + sum(most.values()) > 1

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from autopar.core.graph import Alternative, Combine, Equation, OpKind, Phase, Value
 from autopar.core.plan import Memory
-from autopar.sharding.fusion import Fusion, fuse
+from autopar.sharding.fusion import Fusion, fusions
 from autopar.sharding.grid import Grid, Layout
 from autopar.sharding.late import late
 from autopar.sharding.model import Home, Key, Model
@@ -108,16 +108,21 @@ class Local:
     def __init__(self, grid: Grid):
         self._grid = grid
         self._known: dict[int, tuple[Sequence[Layout], npt.NDArray[np.int64]]] = {}
+        self._bytes: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
 
     def parts(self, layouts: Sequence[Layout]) -> npt.NDArray[np.int64]:
         """Returns into how many parts each layout cuts a tensor. Held layouts keep their identity."""
-        if id(layouts) not in self._known:
-            self._known[id(layouts)] = layouts, self._grid.parts(layouts)
-        return self._known[id(layouts)][1]
+        known = self._known.get(id(layouts))
+        if known is None:
+            known = self._known[id(layouts)] = layouts, self._grid.parts(layouts)
+        return known[1]
 
     def __call__(self, nbytes: int, layouts: Sequence[Layout]) -> npt.NDArray[np.int64]:
-        """Returns the bytes of one part in each layout, rounded up."""
-        return -(-nbytes // self.parts(layouts))
+        """Returns the bytes of one part in each layout, rounded up; not to be changed."""
+        key = nbytes, id(layouts)
+        if key not in self._bytes:
+            self._bytes[key] = -(-nbytes // self.parts(layouts))
+        return self._bytes[key]
 
 
 def last_microbatch_tick(region: Region, model: Model) -> int:
@@ -137,10 +142,11 @@ class Spans:
         self.made: dict[Key, Phase] = {}
         for path, scope in model.scopes.items():
             for e in scope.equations:
-                self.made.update(((path, v), scope.phase or e.phase) for v in e.outputs)
+                for v in e.outputs:
+                    self.made[path, v] = scope.phase or e.phase
         self.skip: set[Key] = {((), v) for v in region.state} | {((), v) for v, _ in region.ties}
         self.skip |= loop_constants(model)
-        self.fusion = fused or fuse(region, model, nbytes)
+        self.fusion = fused or fusions(region, model)[0]
         self.late = late(region, model) if region.whole else {}
         self.last: dict[Key, int] = {}
         self.begun: dict[Key, int] = {}
@@ -149,7 +155,7 @@ class Spans:
         self._begun: dict[Key, Phase] = {}
         for key, uses in model.uses.items():
             for tick, phase in uses:
-                self._use(key, tick, phase, {key}, model.asked.get(tick))
+                self._use(key, tick, phase, model.asked.get(tick))
 
     def of(self, key: Key) -> tuple[int, int, bool] | None:
         """Returns (start, stop, is a residual) of a value, or None when it takes no memory of its own."""
@@ -171,7 +177,7 @@ class Spans:
         found = self.reading.found.get(key, {}).items()
         return [(when, (stop, last + 1, crosses)) for when, (last, crosses) in found if last >= stop]
 
-    def _use(self, key: Key, tick: int, phase: Phase, seen: set[Key], when: Alternative | None) -> None:
+    def _use(self, key: Key, tick: int, phase: Phase, when: Alternative | None) -> None:
         """Keeps alive what a read of a value needs: the value itself, or what it is computed from again.
 
         when: the alternative that reads it; what only it made is read only if it is taken.
@@ -182,11 +188,14 @@ class Spans:
         # separate programs hand over the value that the backward reads, not what it is made of
         handed = self.split and self.made.get(key) is Phase.FORWARD and phase is not Phase.FORWARD
         if sources is not None and not handed and tick not in self.fusion.kept_for.get(key, ()):
-            for source in sources - seen:
-                self._use(source, tick, phase, seen | {source}, when)
+            for source in sources:
+                self._use(source, tick, phase, when)
             return
-        tick = self.late.get(tick, tick)
-        apart = when is not None and own != when
+        self._read(key, self.late.get(tick, tick), phase, when, apart=when is not None and own != when)
+
+    def _read(self, key: Key, tick: int, phase: Phase, when: Alternative | None, apart: bool) -> None:
+        """Keeps a value alive until a tick. apart: of alternatives only `when` reads it, which did not make
+        it."""
         if not apart:
             self.last[key] = max(self.last.get(key, 0), tick)
             self.begun[key] = min(self.begun.get(key, tick), tick)
@@ -297,7 +306,7 @@ def _passing_by(model: Model, local: Local, nbytes: Callable[[Value], int]) -> l
     A plan's memory counts what really is moved (`autopar.sharding.moved`) instead of these.
     """
     found: list[Item] = []
-    ticks = {(step.path, step.index): step.tick for step in model.steps}
+    ticks = model.ticks_of
 
     def add(key: Key, node: int, tick: int, sizes: npt.NDArray[np.int64]) -> None:
         if sizes.any():
@@ -311,9 +320,8 @@ def _passing_by(model: Model, local: Local, nbytes: Callable[[Value], int]) -> l
         add(read.key, read.target.node, tick, each - each.min())
     for step in model.steps:
         for k, v in enumerate(step.equation.outputs):
-            beside = step.ways.resolving[k]
-            if beside.any():
-                size = nbytes(model.value((step.path, v)))
+            if step.ways.sums[k]:
+                size, beside = nbytes(model.value((step.path, v))), step.ways.resolving[k]
                 add((step.path, v), step.node, step.tick, local(size, step.ways.made[k]) * beside)
     return found
 

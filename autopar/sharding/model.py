@@ -10,14 +10,15 @@ are computed wherever they are read, in the reader's layout.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from autopar.core.graph import Alternative, Equation, Loop, Phase, Value
+from autopar.core.graph import Alternative, Equation, Loop, OpKind, Phase, Value
 from autopar.sharding.grid import Layout
 from autopar.sharding.strategies import Op, Ways
 
@@ -31,11 +32,19 @@ Site: TypeAlias = tuple[Path, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Where equations live: the region, or the body of a loop. trips: per run of the phase."""
+    """Where equations live: the region, or the body of a loop.
+
+    Attributes:
+        sizes: bytes of each value, as this stage keeps it. kinds: a number that values of one shape and dtype
+            share, 0 for scalars.
+        trips: per run of the phase.
+    """
 
     path: Path
     values: tuple[Value, ...]
     equations: tuple[Equation, ...]
+    sizes: tuple[int, ...]
+    kinds: tuple[int, ...]
     trips: int = 1
     phase: Phase | None = None
 
@@ -51,8 +60,7 @@ class Node:
     parents: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Home:
+class Home(NamedTuple):
     """A value's layout for each choice of a node."""
 
     node: int
@@ -111,7 +119,13 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """An equation that runs: on which node, and how for each of the node's choices."""
+    """An equation that runs: on which node, and how for each of the node's choices.
+
+    Attributes:
+        times: per step. tick: its place in time.
+        kind: what it costs (`strategies.kind_of`). fuses: whether its kernel may compute its operands itself:
+            elementwise ones and reductions may.
+    """
 
     path: Path
     index: int
@@ -121,6 +135,8 @@ class Step:
     phase: Phase
     times: int
     tick: int
+    kind: OpKind
+    fuses: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,3 +226,12 @@ class Model:
     def value(self, key: Key) -> Value:
         """Returns the value of a key."""
         return self.scopes[key[0]].values[key[1]]
+
+    def nbytes(self, key: Key) -> int:
+        """Returns the bytes of a value, as this stage keeps it."""
+        return self.scopes[key[0]].sizes[key[1]]
+
+    @functools.cached_property
+    def ticks_of(self) -> dict[tuple[Path, int], int]:
+        """(scope, index) of each equation that runs → its tick; to be asked for when all steps are known."""
+        return {(step.path, step.index): step.tick for step in self.steps}

@@ -53,7 +53,7 @@ def moves_of(region: Region, model: Model, regather: bool) -> Moves:
     for read, span in moved_reads(model):
         group = moved_for(region, regather, read.key, read.phase)
         reads.append((read.key, model.homes[read.key], read.target, *span, group))
-    sums = (step for step in model.steps if any(beside.any() for beside in step.ways.resolving))
+    sums = (step for step in model.steps if any(step.ways.sums))
     return Moves(tuple(reads), tuple(sums))
 
 

@@ -10,7 +10,6 @@ from autopar.sharding.grid import Layout
 from autopar.sharding.memory import BY, STATE, TURNED, Item
 from autopar.sharding.model import Home, Key, Model
 from autopar.sharding.moved import Held
-from autopar.sharding.strategies import kind_of
 
 
 class Divisible(NamedTuple):
@@ -55,7 +54,7 @@ def cut_at_once(candidates: Sequence[Divisible], chosen: Sequence[int]) -> list[
 
 def made_elementwise(model: Model) -> set[Key]:
     """Returns the results of elementwise equations."""
-    steps = (step for step in model.steps if kind_of(step.equation) in INSIDE)
+    steps = (step for step in model.steps if step.kind in INSIDE)
     return {(step.path, v) for step in steps for v in step.equation.outputs}
 
 

@@ -77,7 +77,7 @@ def offers(
     """
     region = extract(graph, equations)
     plain = replace(region, ids=(), indices=(), values=tuple(replace(v, name="") for v in region.values))
-    keyed, own = _Keyed(region_key(region), plain), canonical(options, region)
+    keyed, own = _Keyed(plain), canonical(options, region)
     found = [_priced(keyed, mesh, own, price) for price in sorted({*prices})]
     found.sort(key=lambda p: (step_seconds(p, region.microbatches), p.memory.peak))
     front: list[ShardingPlan] = []
@@ -87,18 +87,27 @@ def offers(
     return tuple(relabel(each, region) for each in front)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Keyed:
-    """A region that is compared by its key only."""
+    """A region that is compared by its key only, which is found out when there is another one of its size."""
 
-    key: str
     region: Region
 
+    @functools.cached_property
+    def key(self) -> str:
+        return region_key(self.region)
+
+    @functools.cached_property
+    def _size(self) -> tuple[int, int]:
+        return len(self.region.equations), len(self.region.values)
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Keyed) and self.key == other.key
+        if self is other:
+            return True
+        return isinstance(other, _Keyed) and self._size == other._size and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(self.key)
+        return hash(self._size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +126,7 @@ class Same:
 @functools.lru_cache(maxsize=4)
 def _keyed(same: Same, equations: tuple[int, ...]) -> _Keyed:
     """The region of some equations, with its key: one step is often planned again with other options."""
-    region = extract(same.graph, equations)
-    return _Keyed(region_key(region), region)
+    return _Keyed(extract(same.graph, equations))
 
 
 @functools.lru_cache(maxsize=256)
@@ -291,7 +299,17 @@ def _solve(setting: Setting, price: float | None = None, bounded: bool = True) -
 
 
 def _finish(setting: Setting, solved: Solved, price: float) -> ShardingPlan:
-    """Returns the plan of a choice, in the region's ids."""
+    """Returns the plan of a choice, in the region's ids; of one that fits a limit and was known without, the
+    same."""
+    assert solved.chosen is not None
+    key = "plan", solved, price, setting.options.gap
+    if key not in setting.known:
+        setting.known[key] = _read(setting, solved, price)
+    return replace(setting.known[key], memory=setting.memory(solved.chosen))
+
+
+def _read(setting: Setting, solved: Solved, price: float) -> ShardingPlan:
+    """Returns what a choice means, as a plan."""
     assert solved.chosen is not None
     region, model, grid, options = setting.region, setting.model, setting.grid, setting.options
     out = Reader(region, model, grid, setting.nbytes, solved.chosen, bool(options.regather)).read()

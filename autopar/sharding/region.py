@@ -89,11 +89,13 @@ def extract(graph: Graph, equations: Iterable[int]) -> Region:
 def _ties(graph: Graph, number: dict[int, int], made: set[int]) -> list[tuple[int, int]]:
     """Returns (value made here, state input read here), each value with its first input only."""
     found: dict[int, int] = {}
+    taken = set[int]()
     for output, position in graph.aliases:
         v, i = graph.outputs[output], graph.inputs[position]
         same = v in made and i in number and graph.values[v].shape == graph.values[i].shape
-        if same and v is not None and i not in found.values():
-            found.setdefault(v, i)
+        if same and v is not None and v not in found and i not in taken:
+            found[v] = i
+            taken.add(i)
     return list(found.items())
 
 

@@ -20,7 +20,7 @@ from autopar.sharding.alike import share
 from autopar.sharding.assemble import Costs, assemble, uneven
 from autopar.sharding.build import Builder
 from autopar.sharding.copies import share_reads
-from autopar.sharding.fusion import fuse, mark_fused
+from autopar.sharding.fusion import fusions, mark_fused
 from autopar.sharding.grid import Grid, grid_of
 from autopar.sharding.memory import BY, Item, totals, usage
 from autopar.sharding.model import Model
@@ -109,8 +109,12 @@ class Setting:
 
     def memory(self, chosen: Sequence[int]) -> Memory:
         """Returns the memory a choice takes."""
-        limit = limit_of(self.options, self.mesh)
-        return totals(self.items, self.held(chosen), chosen, self.options.in_flight, limit)
+        chosen, limit = tuple(chosen), limit_of(self.options, self.mesh)
+        known = self.known.get("memory")  # of the last choice: whoever checks a plan finishes it next
+        if known is None or known[0] != chosen:
+            found = totals(self.items, self.held(chosen), chosen, self.options.in_flight, limit)
+            known = self.known["memory"] = chosen, found
+        return replace(known[1], limit=limit)
 
     def held(self, chosen: Sequence[int]) -> list[Held]:
         """Returns what a choice holds beside the bytes of its single choices; negative where it is less."""
@@ -156,10 +160,9 @@ def _built(region: Region, mesh: Mesh, options: Options) -> Setting:
     grid = grid_of(mesh)
     builder = Builder(region, grid, mesh.device, options)
     model = builder.build()
-    fused = fuse(region, model, builder.nbytes)
-    timed = fuse(region, model, builder.nbytes, timed=True)
+    fused, timed = fusions(region, model)
     mark_fused(model, fused, timed)
-    charge(region, model, timed, grid, builder.nbytes)
+    charge(region, model, timed, grid)
     share_reads(model, grid, region, bool(options.regather))
     _pin(model, region, grid, options)
     items = usage(region, model, grid, builder.nbytes, options.in_flight, fused)

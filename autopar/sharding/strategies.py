@@ -39,6 +39,16 @@ class Op:
     operands: tuple[Tensor | None, ...]
     results: tuple[Tensor, ...]
 
+    @functools.cached_property
+    def written(self) -> int:
+        """Bytes of all results."""
+        return sum(t.nbytes for t in self.results)
+
+    @functools.cached_property
+    def fuses(self) -> bool:
+        """Whether its kernel may compute its operands itself: elementwise ones and reductions may."""
+        return self.kind is OpKind.VIEW or streams(self.kind, self.rule)
+
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
@@ -113,6 +123,16 @@ class Ways(tuple[Strategy, ...]):
     def resolving(self) -> tuple[npt.NDArray[np.int64], ...]:
         """Per result, `Strategy.resolving` of each way."""
         return tuple(map(np.array, zip(*(way.resolving for way in self), strict=True)))
+
+    @functools.cached_property
+    def sums(self) -> tuple[bool, ...]:
+        """Per result, whether some way leaves partial sums of it."""
+        return tuple(bool(each.any()) for each in self.resolving)
+
+    @functools.cached_property
+    def free(self) -> bool:
+        """Whether no way takes any time by itself."""
+        return not self.totals.any()
 
     @functools.cached_property
     def totals(self) -> npt.NDArray[np.float64]:

@@ -7,32 +7,66 @@ nothing by themselves. What several kernels compute each for themselves is read 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeAlias
 
-from autopar.core.graph import Alternative, OpKind, Phase, Value
-from autopar.sharding.fusion import Fusion, alternatives, fuses
-from autopar.sharding.grid import Grid
+import numpy as np
+
+from autopar.core.graph import Alternative, OpKind, Phase
+from autopar.sharding.assemble import Floats
+from autopar.sharding.fusion import Fusion, alternatives
+from autopar.sharding.grid import Grid, Layout
 from autopar.sharding.memory import Local
 from autopar.sharding.model import Home, Key, Model, Step
 from autopar.sharding.region import Region
 
 
-def charge(region: Region, model: Model, found: Fusion, grid: Grid, nbytes: Callable[[Value], int]) -> None:
-    """Fills `Model.streaming`. found: what is computed inside of its readers."""
-    local, touching = Local(grid), _Touching(region, model, found)
+def charge(region: Region, model: Model, found: Fusion, grid: Grid) -> None:
+    """Fills `Model.streaming`. found: what is computed inside of its readers.
+
+    What is read and written is gathered first: nodes of one kind (the updates of like parameters) gather the
+    same, and share one sum.
+    """
+    touching, sums = _Touching(region, model, found), _Sums(grid)
+    gathered: dict[tuple[int, Phase], list[_Part]] = {}
 
     def add(key: Key, home: Home, phase: Phase, times: int) -> None:
-        if not (size := nbytes(model.value(key))):
-            return
-        seconds = times * size / grid.memory / local.parts(home.layouts)
-        known = model.streaming.get((home.node, phase))
-        model.streaming[home.node, phase] = seconds if known is None else known + seconds
+        if size := model.nbytes(key):
+            gathered.setdefault((home.node, phase), []).append(sums.part(times * size, home.layouts))
 
     for kernel in model.steps:
         for key, home in touching.by(kernel):
             add(key, home, kernel.phase, kernel.times)
     for sliced in _slices(region, model):
         add(*sliced)
+    model.streaming.update((key, sums(tuple(parts))) for key, parts in gathered.items())
+
+
+_Part: TypeAlias = tuple[int, int]
+"""Bytes read or written in a step, and the identity of the layouts in which they lie."""
+
+
+class _Sums:
+    """Seconds to read and write parts of tensors, for every choice; those of equal lists are one array."""
+
+    def __init__(self, grid: Grid):
+        self._memory, self._local = grid.memory, Local(grid)
+        self._each: dict[_Part, Floats] = {}
+        self._known: dict[tuple[_Part, ...], Floats] = {}
+
+    def part(self, nbytes: int, layouts: Sequence[Layout]) -> _Part:
+        """Returns what stands for the bytes of a tensor that lies so."""
+        part = nbytes, id(layouts)
+        if part not in self._each:
+            self._each[part] = nbytes / self._memory / self._local.parts(layouts)
+        return part
+
+    def __call__(self, parts: tuple[_Part, ...]) -> Floats:
+        """Returns the seconds of several, added up in their order."""
+        if parts not in self._known:
+            self._known[parts] = functools.reduce(np.add, (self._each[part] for part in parts))
+        return self._known[parts]
 
 
 def _slices(region: Region, model: Model) -> Iterator[tuple[Key, Home, Phase, int]]:
@@ -42,8 +76,9 @@ def _slices(region: Region, model: Model) -> Iterator[tuple[Key, Home, Phase, in
     An elementwise kernel reads and writes slices in their place. For others a slice is cut out first (read,
     written), and put into the stack at last; stacks begin as zeros.
     """
-    read, made = _apart(model)
-    for path, loop in model.loops():
+    loops = list(model.loops())
+    read, made = _apart(model) if loops else (set[Key](), set[Key]())
+    for path, loop in loops:
         scope, around = model.scopes[path], model.scopes[path[:-1]]
         equation, phase = around.equations[path[-1]], scope.phase
         assert phase is not None
@@ -64,11 +99,11 @@ def _apart(model: Model) -> tuple[set[Key], set[Key]]:
     in_order = sorted(model.steps, key=lambda step: step.tick)
     for step in in_order:
         operands = {(step.path, v) for v in step.equation.operands}
-        if not fuses(step) or (step.equation.kind is OpKind.VIEW and not operands.isdisjoint(made)):
+        if not step.fuses or (step.equation.kind is OpKind.VIEW and not operands.isdisjoint(made)):
             made.update((step.path, v) for v in step.equation.outputs)
     for step in reversed(in_order):
         outputs = {(step.path, v) for v in step.equation.outputs}
-        if not fuses(step) or (step.equation.kind is OpKind.VIEW and not outputs.isdisjoint(read)):
+        if not step.fuses or (step.equation.kind is OpKind.VIEW and not outputs.isdisjoint(read)):
             read.update((step.path, v) for v in step.equation.operands)
     return read, made
 
@@ -78,15 +113,16 @@ class _Touching:
 
     def __init__(self, region: Region, model: Model, found: Fusion):
         self.region, self.model, self.found = region, model, found
-        steps = [(step, k) for step in model.steps for k in range(len(step.equation.outputs))]
-        self.makers = {(step.path, step.equation.outputs[k]): (step, k) for step, k in steps}
+        self.makers = {(step.path, v): step for step in model.steps for v in step.equation.outputs}
+        self.inner = {key: step for key, step in self.makers.items() if key in found.sources}
         self.handed = frozenset[Key]() if region.whole else self._handed()
         self.joined = alternatives(model)
+        self._known: dict[int, list[tuple[int, Key]]] = {}
 
     def by(self, kernel: Step) -> Iterator[tuple[Key, Home]]:
         """Yields (value, where its layout is decided) of all that a kernel writes and reads, each once;
         nothing for what is no kernel of its own, or is priced as an operation (`autopar.sharding.cost`)."""
-        if kernel.equation.kind is OpKind.VIEW or not fuses(kernel):
+        if kernel.equation.kind is OpKind.VIEW or not kernel.fuses:
             return
         keys = [(kernel.path, v) for v in kernel.equation.outputs]
         kept = [k for k, key in enumerate(keys) if self._written(key)]
@@ -104,20 +140,25 @@ class _Touching:
         while waiting:
             step = waiting.pop()
             when = self.model.asked.get(step.tick)
-            for k, v in enumerate(step.equation.inputs):
-                key = step.path, v or 0
-                if v is None or key not in self.model.homes or not step.ways.operands[k]:
-                    continue
+            for k, key in self._operands(step):
                 for value, maker in self._ways(key, kernel):
                     if maker is not None:
                         waiting += [maker] if maker.tick not in visited else []
                         visited.add(maker.tick)
-                    elif seen.isdisjoint({(value, None), (value, when)}):
+                    elif (value, None) not in seen and (value, when) not in seen:
                         seen.add((value, when))
                         yield (
                             value,
                             self._decided(kernel, step, k) if value == key else self.model.homes[value],
                         )
+
+    def _operands(self, step: Step) -> list[tuple[int, Key]]:
+        """The operands of a step that lie somewhere and are read in some layout."""
+        if step.tick not in self._known:
+            keys = ((k, (step.path, v)) for k, v in enumerate(step.equation.inputs) if v is not None)
+            homes, wants = self.model.homes, step.ways.operands
+            self._known[step.tick] = [(k, key) for k, key in keys if key in homes and wants[k]]
+        return self._known[step.tick]
 
     def _ways(self, key: Key, kernel: Step) -> Iterable[tuple[Key, Step | None]]:
         """How a kernel comes by a value: by running the step that makes it, or by reading it (None).
@@ -126,8 +167,8 @@ class _Touching:
         that is part of an alternative itself is taken to do the same with all of another layer's.
         """
         if key not in self.joined:
-            return [(key, self.makers[key][0] if self._inside(key, kernel) else None)]
-        each = [(v, self.makers[v][0] if self._inside(v, kernel) else None) for v, _ in self.joined[key]]
+            return ((key, self._inside(key, kernel)),)
+        each = [(v, self._inside(v, kernel)) for v, _ in self.joined[key]]
         if all(maker is None for _, maker in each):
             return [(key, None)]
         return each[:1] if kernel.tick in self.model.asked else each
@@ -135,11 +176,12 @@ class _Touching:
     def _written(self, key: Key) -> bool:
         return key not in self.found.sources or bool(self.found.kept_for.get(key)) or key in self.handed
 
-    def _inside(self, key: Key, kernel: Step) -> bool:
-        """Whether a kernel computes what it reads itself."""
-        if key not in self.found.sources or key not in self.makers:
-            return False
-        return key not in self.handed or self.makers[key][0].phase is kernel.phase
+    def _inside(self, key: Key, kernel: Step) -> Step | None:
+        """The step that a kernel runs to compute what it reads itself."""
+        maker = self.inner.get(key)
+        if maker is None or (key in self.handed and maker.phase is not kernel.phase):
+            return None
+        return maker
 
     def _decided(self, kernel: Step, step: Step, k: int) -> Home:
         """Where it is decided how much of operand k of a step a kernel reads: at the step, but for steps that
@@ -153,7 +195,7 @@ class _Touching:
     def _handed(self) -> frozenset[Key]:
         """What separate programs hand over: made in the forward, read in the backward."""
         found = set[Key]()
-        for key, (step, _) in self.makers.items():
+        for key, step in self.makers.items():
             if step.phase is Phase.FORWARD and any(
                 phase is not Phase.FORWARD for _, phase in self.model.uses.get(key, ())
             ):
