@@ -170,7 +170,7 @@ class Equation:
     def operands(self) -> tuple[int, ...]:
         """The value ids read, without literals."""
         inputs = self.inputs
-        return tuple(v for v in inputs if v is not None) if None in inputs else inputs  # type: ignore[return-value]
+        return tuple([v for v in inputs if v is not None]) if None in inputs else inputs  # type: ignore[return-value]
 
     def between(self, inputs: tuple[int | None, ...], outputs: tuple[int, ...]) -> Equation:
         """Returns the same operation on other values (in half the time of `dataclasses.replace`)."""
@@ -183,6 +183,23 @@ class Equation:
             self.flops,
             self.phase,
             self.layer,
+            self.source,
+            self.loop,
+            self.costly,
+            self.when,
+        )
+
+    def placed(self, phase: Phase, layer: int | None) -> Equation:
+        """Returns the same equation in another phase or layer (see `between`)."""
+        return Equation(
+            self.op,
+            self.inputs,
+            self.outputs,
+            self.rule,
+            self.kind,
+            self.flops,
+            phase,
+            layer,
             self.source,
             self.loop,
             self.costly,

@@ -80,7 +80,7 @@ class Draft:
         """Returns the graph with these marks."""
         marks = zip(self.graph.equations, self.phase, self.layer)
         equations = tuple(
-            e if e.phase is phase and e.layer == layer else replace(e, phase=phase, layer=layer)
+            e if e.phase is phase and e.layer == layer else e.placed(phase, layer)
             for e, phase, layer in marks
         )
         return replace(self.graph, equations=equations)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scipy.cluster.hierarchy import DisjointSet
 
-from autopar.core.graph import Graph, OpKind, Phase
+from autopar.core.graph import OpKind, Phase
 from autopar.stages.draft import Draft, batch_of
 from autopar.stages.forward import first_use
 
@@ -27,7 +27,7 @@ def apply_layers(draft: Draft) -> None:
     update = [
         i
         for i in draft.of_phase(Phase.APPLY)
-        if i not in named and draft.big(i) and _elementwise(draft.graph, i)
+        if i not in named and draft.big(i) and _elementwise(draft, i)
     ]
     parts = _joined(draft, update)
     for _ in range(ROUNDS):
@@ -39,19 +39,22 @@ def apply_layers(draft: Draft) -> None:
             break
 
 
-def _layers_of(draft: Draft, i: int, home: dict[int, int]) -> tuple[set[int], set[int], bool]:
-    """Returns the layers of the tensors and of the scalars read, and whether a scalar read mixes layers."""
-    tensors: set[int] = set()
-    scalars: set[int] = set()
-    mixed = False
+def _layers_of(draft: Draft, i: int, home: dict[int, int], scalars: bool) -> set[int]:
+    """Returns the layers of the scalars read, or of the other values."""
+    found: set[int] = set()
     for v in draft.graph.equations[i].operands:
-        maker = draft.maker.get(v)
-        at = home.get(v) if maker is None else draft.layer[maker]
-        if at is not None:
-            (scalars if draft.scalar(v) else tensors).add(at)
-        elif maker is not None and draft.scalar(v):
-            mixed = mixed or _reads_layers(draft, maker)
-    return tensors, scalars, mixed
+        if draft.scalars[v] is scalars:
+            maker = draft.maker.get(v)
+            at = home.get(v) if maker is None else draft.layer[maker]
+            if at is not None:
+                found.add(at)
+    return found
+
+
+def _mixed(draft: Draft, i: int) -> bool:
+    """Returns whether an equation reads a scalar that mixes layers."""
+    makers = (draft.maker.get(v) for v in draft.graph.equations[i].operands if draft.scalar(v))
+    return any(m is not None and draft.layer[m] is None and _reads_layers(draft, m) for m in makers)
 
 
 def _reads_layers(draft: Draft, i: int) -> bool:
@@ -71,11 +74,11 @@ def _from_operands(draft: Draft, home: dict[int, int], named: set[int]) -> None:
     for i in draft.of_phase(Phase.APPLY):
         if i in named:
             continue
-        tensors, scalars, mixed = _layers_of(draft, i, home)
-        if tensors:
+        if tensors := _layers_of(draft, i, home, scalars=False):
             draft.layer[i] = min(tensors)
         elif not draft.big(i):
-            draft.layer[i] = scalars.pop() if len(scalars) == 1 and not mixed else None
+            scalars = _layers_of(draft, i, home, scalars=True)
+            draft.layer[i] = scalars.pop() if len(scalars) == 1 and not _mixed(draft, i) else None
 
 
 def _joined(draft: Draft, update: list[int]) -> DisjointSet:
@@ -106,10 +109,12 @@ def _with_parameter(draft: Draft, home: dict[int, int], update: list[int], parts
         draft.layer[i] = first.get(parts[draft.graph.equations[i].outputs[0]], draft.layer[i])
 
 
-def _elementwise(graph: Graph, i: int) -> bool:
-    equation, values = graph.equations[i], graph.values
-    tensors = {values[v].shape for v in (*equation.operands, *equation.outputs) if values[v].size > 1}
-    return equation.kind in (OpKind.FUSED, OpKind.VIEW) and len(equation.outputs) == 1 == len(tensors)
+def _elementwise(draft: Draft, i: int) -> bool:
+    equation, values = draft.graph.equations[i], draft.graph.values
+    if equation.kind not in (OpKind.FUSED, OpKind.VIEW) or len(equation.outputs) != 1:
+        return False
+    tensors = [values[v].shape for v in (*equation.outputs, *equation.operands) if not draft.scalar(v)]
+    return len(set(tensors)) == 1
 
 
 def _house(draft: Draft, home: dict[int, int], held: set[int]) -> None:

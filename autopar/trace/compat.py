@@ -184,20 +184,30 @@ def line_of(equation: JaxprEqn) -> Line | None:
     if traceback is None:
         return None
     codes, offsets = traceback.raw_frames()  # much cheaper than the line of every frame
-    at = _innermost([code.co_filename for code in codes])
+    at = _innermost(code.co_filename for code in codes)
     return (
         None if at is None else Line(codes[at].co_filename, traceback.code_addr2line(codes[at], offsets[at]))
     )
 
 
+def has_line(equation: JaxprEqn) -> bool:
+    """Returns whether `line_of` knows a line."""
+    return _has_line(equation.source_info.traceback)
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_line(traceback: Any) -> bool:
+    return traceback is not None and _innermost(c.co_filename for c in traceback.raw_frames()[0]) is not None
+
+
 def innermost(frames: Iterable[tuple[str, int]]) -> Line | None:
     """Returns the first of `frames` (innermost first) in the user's code, else the first outside of JAX."""
     known = list(frames)
-    at = _innermost([file for file, _ in known])
+    at = _innermost(file for file, _ in known)
     return None if at is None else Line(*known[at])
 
 
-def _innermost(files: Sequence[str]) -> int | None:
+def _innermost(files: Iterable[str]) -> int | None:
     outside = None
     for i, file in enumerate(files):
         origin = _origin(file)

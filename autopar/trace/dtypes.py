@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from autopar.trace import compat
-from autopar.trace.rules import signature
+from autopar.trace.kinds import signature
 
 
 def mentions(equation: JaxprEqn, names: Mapping[str, str]) -> bool:

@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from jax.extend.core import Literal
+from jax.extend.core import JaxprEqn, Literal
 
-from autopar.trace.rules import signature
+from autopar.trace import compat
+from autopar.trace.graph import value
+from autopar.trace.kinds import Kinds
 from autopar.trace.traced import Traced
 
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
@@ -20,28 +22,26 @@ def fingerprint(traced: Traced) -> str:
 
     Layers, phases and source lines don't count; values of captured constants neither, only their shapes.
     """
-    digest = hashlib.sha256()
-    for line in _lines(traced, {}):
-        digest.update(line.encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+    return hashlib.sha256("".join(f"{line}\n" for line in _lines(traced)).encode()).hexdigest()
 
 
-def _lines(traced: Traced, texts: dict[Any, str]) -> Iterable[str]:
+def _lines(traced: Traced) -> Iterable[str]:
     graph = traced.graph
     yield f"inputs {graph.inputs} outputs {graph.outputs} constants {graph.constants} {graph.microbatches}"
     yield from (f"{v} {graph.values[v]}" for v in (*graph.inputs, *graph.constants))
-    for i, (node, equation) in enumerate(zip(graph.equations, traced.equations)):
+    texts = Kinds.among(traced.equations).each(_kind)
+    for i, (node, equation, text) in enumerate(zip(graph.equations, traced.equations, texts, strict=True)):
         literals = [str(a.val) for a in equation.invars if isinstance(a, Literal)]
-        key = signature(equation)
-        if key not in texts:
-            texts[key] = _text(
-                {k: v for k, v in equation.params.items() if node.loop is None or k != "jaxpr"}
-            )
-        results = " ".join(str(graph.values[v]) for v in node.outputs)
-        yield f"{node.op} {node.inputs} {literals} {texts[key]} {results}"
+        yield f"{node.op} {node.inputs} {literals} {text}"
         if i in traced.bodies:
-            yield from _lines(traced.bodies[i], texts)
+            yield from _lines(traced.bodies[i])
+
+
+def _kind(equation: JaxprEqn) -> str:
+    """Parameters, but for the body of a scan, and results: what equations of one kind have in common."""
+    body = compat.scan_of(equation) is not None
+    params = _text({k: v for k, v in equation.params.items() if not (body and k == "jaxpr")})
+    return f"{params} {' '.join(str(value(v)) for v in equation.outvars)}"
 
 
 def _text(value: Any) -> str:

@@ -147,7 +147,7 @@ def inline(
         env[v] = value if isinstance(value, Var) else builder.constant(v.aval, value)
     for equation in closed.jaxpr.eqns:
         operands = [_read(env, a) for a in equation.invars]
-        known = equation if caller is None or compat.line_of(equation) else caller
+        known = equation if caller is None or compat.has_line(equation) else caller
         names = equation.source_info.name_stack if stack is None else stack + equation.source_info.name_stack
         inner = None if equation.primitive.name in keep else compat.called(equation)
         if compat.rounds_nothing(equation):
@@ -182,9 +182,9 @@ def dce(flat: Flat) -> Flat:
     kept: list[int] = []
     for i in range(len(flat.equations) - 1, -1, -1):
         equation = flat.equations[i]
-        if equation.effects or any(v in live for v in equation.outvars):
+        if equation.effects or not live.isdisjoint(equation.outvars):
             kept.append(i)
-            live.update(a for a in equation.invars if isinstance(a, Var))
+            live.update([a for a in equation.invars if isinstance(a, Var)])
     kept.reverse()
     return replace(
         flat,

@@ -66,6 +66,8 @@ def expand_gradients(flat: Flat, top: bool = True) -> Flat:
     """Returns `flat` with gradient equations differentiated as a whole: those inside loops and branches, and
     if `top` all.
     """
+    if not any((e.primitive is GRAD and top) or _inside(e) for e in flat.equations):
+        return flat
     builder = Builder(constants=list(flat.constants))
     env: dict[Var, Atom] = {}
     for equation, mark in zip(flat.equations, flat.marks):
@@ -83,6 +85,13 @@ def expand_gradients(flat: Flat, top: bool = True) -> Flat:
             builder.add(equation.replace(invars=operands, params=params), mark)
     outputs = [env.get(a, a) if isinstance(a, Var) else a for a in flat.outputs]
     return builder.flat(flat.inputs, outputs)
+
+
+def _inside(equation: JaxprEqn) -> bool:
+    """Whether a loop or branch holds a gradient equation."""
+    params = equation.params.values() if equation.primitive is not GRAD else ()
+    several = (p if isinstance(p, tuple | list) else (p,) for p in params)
+    return any(_holds_gradient(param) for each in several for param in each)
 
 
 def _expanded(param: Any) -> Any:

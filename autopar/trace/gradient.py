@@ -78,6 +78,8 @@ def differentiate(
 
 
 def _refuse_chained(flat: Flat) -> None:
+    if len(gradient_equations(flat)) < 2:
+        return
     tainted: dict[Var, JaxprEqn] = {}
     for equation in flat.equations:
         source = next((tainted[a] for a in equation.invars if isinstance(a, Var) and a in tainted), None)
@@ -110,7 +112,8 @@ def _replaced(
         return [env.get(a, a) if isinstance(a, Var) else a for a in atoms]
 
     for later, mark in zip(flat.equations[at + 1 :], flat.marks[at + 1 :]):
-        builder.add(later.replace(invars=renamed(later.invars)), mark)
+        same = env.keys().isdisjoint([a for a in later.invars if isinstance(a, Var)])
+        builder.add(later if same else later.replace(invars=renamed(later.invars)), mark)
     return builder.flat(flat.inputs, renamed(flat.outputs))
 
 

@@ -13,6 +13,7 @@ from autopar.core.graph import Equation, Graph, Loop, Phase, Rule, Value
 from autopar.trace import compat, marks, work
 from autopar.trace.costly import costly
 from autopar.trace.flat import Builder, Flat, dce, flatten
+from autopar.trace.kinds import Kinds
 from autopar.trace.rules import RuleBook
 from autopar.trace.traced import Traced
 
@@ -26,13 +27,14 @@ def trace(flat: Flat, book: RuleBook, names: Mapping[Var, str] | None = None) ->
         names: tree paths of inputs and outputs.
     """
     flat = marks.complete_phases(flat)
-    rules = book.learn(flat.equations)
+    kinds = Kinds.among(flat.equations)
+    rules = book.of_kinds(kinds)
     scans = [(i, compat.scan_of(e)) for i, e in enumerate(flat.equations)]
     bodies = {i: trace(_without_literals(dce(flatten(s.body))), book) for i, s in scans if s is not None}
     ids = value_ids(flat)
     constants = {ids[v]: value for v, value in flat.constants}
-    graph = build(flat, {i: b.graph for i, b in bodies.items()}, rules, names)
-    notes = dict.fromkeys([*_notes(flat, book), *(n for b in bodies.values() for n in b.notes)])
+    graph = build(flat, {i: b.graph for i, b in bodies.items()}, kinds, rules, names)
+    notes = dict.fromkeys([*_notes(flat, kinds, book), *(n for b in bodies.values() for n in b.notes)])
     return Traced(graph, flat.equations, tuple(ids), constants, bodies, notes=tuple(notes))
 
 
@@ -55,6 +57,7 @@ def value_ids(flat: Flat) -> dict[Var, int]:
 def build(
     flat: Flat,
     bodies: Mapping[int, Graph],
+    kinds: Kinds,
     rules: Sequence[Rule | None],
     names: Mapping[Var, str] | None = None,
 ) -> Graph:
@@ -63,40 +66,59 @@ def build(
     Args:
         flat: the equations.
         bodies: index of each scan → graph of its body.
-        rules: of all equations.
+        kinds: of the equations. rules: of the kinds.
         names: tree paths of inputs and outputs.
     """
     ids = value_ids(flat)
     names = names or {}
     layers = marks.order(flat)
     lines: dict[int, str] = {}
-    equations = []
     position = {layer: k for k, layer in enumerate(layers)}
-    for i, (equation, mark, rule) in enumerate(zip(flat.equations, flat.marks, rules, strict=True)):
-        equations.append(
-            Equation(
-                op=equation.primitive.name,
-                inputs=tuple(None if isinstance(a, Literal) else ids[a] for a in equation.invars),
-                outputs=tuple(ids[v] for v in equation.outvars),
-                rule=rule,
-                kind=work.kind(equation, rule),
-                flops=work.flops(equation),
-                phase=mark.phase or Phase.FORWARD,
-                layer=None if mark.layer is None else position[mark.layer],
-                source=_source(equation, lines),
-                loop=_loop(equation, bodies.get(i)),
-                costly=costly(equation),
-                when=mark.when,
-            )
+    alike = [_of_kind(e, rule) for e, rule in zip(kinds.first, rules, strict=True)]
+    equations = [
+        Equation(
+            like.op,
+            tuple([None if isinstance(a, Literal) else ids[a] for a in equation.invars]),
+            tuple([ids[v] for v in equation.outvars]),
+            like.rule,
+            like.kind,
+            like.flops,
+            mark.phase or Phase.FORWARD,
+            None if mark.layer is None else position[mark.layer],
+            _source(equation, lines),
+            _loop(equation, bodies[i]) if i in bodies else None,
+            like.costly,
+            mark.when,
         )
+        for i, (equation, mark, like) in enumerate(
+            zip(flat.equations, flat.marks, kinds.spread(alike), strict=True)
+        )
+    ]
+    nameless: dict[int, Value] = {}
     return Graph(
-        values=tuple(value(v, names.get(v, "")) for v in ids),
+        values=tuple([value(v, names[v]) if v in names else _nameless(v, nameless) for v in ids]),
         equations=tuple(equations),
         inputs=tuple(ids[v] for v in flat.inputs),
         outputs=tuple(None if isinstance(a, Literal) else ids[a] for a in flat.outputs),
         layers=layers,
         constants=tuple(ids[v] for v, _ in flat.constants),
     )
+
+
+def _of_kind(equation: JaxprEqn, rule: Rule | None) -> Equation:
+    """Returns what all equations of a kind have in common, without values."""
+    kind = work.kind(equation, rule)
+    return Equation(
+        equation.primitive.name, (), (), rule, kind, work.flops(equation), costly=costly(equation)
+    )
+
+
+def _nameless(v: Any, known: dict[int, Value]) -> Value:
+    """Returns the core value of a variable without a name; those of one abstract value share it."""
+    found = known.get(id(v.aval))
+    if found is None:
+        found = known[id(v.aval)] = value(v)
+    return found
 
 
 def value(v: Any, name: str = "") -> Value:
@@ -110,11 +132,9 @@ def _text(dtype: Any) -> str:
     return str(dtype)
 
 
-def _loop(equation: JaxprEqn, body: Graph | None) -> Loop | None:
+def _loop(equation: JaxprEqn, body: Graph) -> Loop:
     scan = compat.scan_of(equation)
-    if scan is None:
-        return None
-    assert body is not None, "every scan has a body"
+    assert scan is not None, "only scans have a body"
     return Loop(body, scan.length, scan.consts, scan.carries)
 
 
@@ -125,10 +145,10 @@ def _source(equation: JaxprEqn, known: dict[int, str]) -> str:
     return known[key]
 
 
-def _notes(flat: Flat, book: RuleBook) -> Sequence[str]:
+def _notes(flat: Flat, kinds: Kinds, book: RuleBook) -> Sequence[str]:
     noted = []
-    for equation in flat.equations:
-        note = book.note(equation) if compat.scan_of(equation) is None else ""
+    notes = kinds.each(lambda e: book.note(e) if compat.scan_of(e) is None else "")
+    for equation, note in zip(flat.equations, notes, strict=True):
         if note:
             where = compat.line_of(equation)
             noted.append(f"{where}: {note}" if where else note)

@@ -6,12 +6,14 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from jax.extend.core import JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Literal
 
 from autopar.core.graph import Phase
 from autopar.trace import boundary
 from autopar.trace.flat import Flat, Mark
+from autopar.trace.kinds import Kinds
 from autopar.trace.work import contraction_flops
 
 _TRANSFORM = re.compile(r"\w*\(|\)")
@@ -56,18 +58,16 @@ def complete_phases(flat: Flat) -> Flat:
     phases = [m.phase for m in flat.marks]
     if not any(phases):
         phases = [Phase.FORWARD] * len(phases)
-    feeds: dict[Var, set[Phase]] = defaultdict(set)
+    feeding: dict[Phase, set[Any]] = {phase: set() for phase in Phase}
+    early = Phase.FORWARD, Phase.BACKWARD
     for i in range(len(phases) - 1, -1, -1):
-        equation = flat.equations[i]
-        fed = set().union(*(feeds[v] for v in equation.outvars))
-        known = phases[i]
+        equation, known = flat.equations[i], phases[i]
         if known is None:
-            known = next((p for p in (Phase.FORWARD, Phase.BACKWARD) if p in fed), Phase.APPLY)
-            phases[i] = known
-        for a in equation.invars:
-            if not isinstance(a, Literal):
-                feeds[a].add(known)
-    return replace(flat, marks=tuple(Mark(m.layer, p, m.when) for m, p in zip(flat.marks, phases)))
+            fed = (p for p in early if not feeding[p].isdisjoint(equation.outvars))
+            known = phases[i] = next(fed, Phase.APPLY)
+        feeding[known].update([a for a in equation.invars if not isinstance(a, Literal)])
+    pairs = zip(flat.marks, phases, strict=True)
+    return replace(flat, marks=tuple(m if m.phase is p else replace(m, phase=p) for m, p in pairs))
 
 
 def order(flat: Flat) -> tuple[str, ...]:
@@ -96,8 +96,8 @@ def layer_names(equations: Sequence[JaxprEqn]) -> list[str | None]:
     held: dict[_Family, float] = defaultdict(float)
     total = 0.0
     work: dict[tuple[str, ...], float] = defaultdict(float)
-    for path, equation in zip(paths, equations):
-        work[path] += contraction_flops(equation)
+    for path, flops in zip(paths, Kinds.among(equations).each(contraction_flops), strict=True):
+        work[path] += flops
     for path, flops in work.items():
         total += flops
         for family, name in _families(path):

@@ -11,6 +11,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from autopar.core.graph import Rule
 from autopar.trace import compat
+from autopar.trace.kinds import Kinds, signature
 from autopar.trace.lowered import Composer, with_rules
 
 STRUCTURED = frozenset({"scan", "autopar_grad", "autopar_either", "shard_map", "pallas_call"})
@@ -48,8 +49,14 @@ class RuleBook:
 
         Those that are not known yet are lowered together, in one module.
         """
+        kinds = Kinds.among(list(equations))
+        return kinds.spread(self.of_kinds(kinds))
+
+    def of_kinds(self, kinds: Kinds) -> list[Rule | None]:
+        """Returns a rule per kind, as `learn` per equation."""
         unknown: dict[Any, JaxprEqn] = {}
-        keys = list(map(signature, equations := list(equations)))
+        equations = kinds.first
+        keys = list(map(signature, equations))
         for key, equation in zip(keys, equations):
             if key not in self._rules and key not in unknown:
                 unknown[key] = equation
@@ -122,16 +129,3 @@ def read_rules(equations: Sequence[JaxprEqn], module: Any) -> list[Rule]:
         # a gather that masks what lies outside: nobody can scatter what the mask is about to read
         rules.append(replace(rule, inside=bool(rule.reductions) and "stablehlo.select" in last))
     return rules
-
-
-def signature(equation: JaxprEqn) -> Any:
-    """Returns a key, equal for equations with the same rule: primitive, parameters, shapes and dtypes."""
-    operands: list[Any] = [a.aval for a in equation.invars]
-    kinds = [isinstance(a, Literal) for a in equation.invars]
-    avals = tuple((a.shape, a.dtype, literal) for a, literal in zip(operands, kinds))
-    params = tuple(sorted(equation.params.items()))
-    try:
-        hash(params)
-    except TypeError:
-        params = str(params)
-    return equation.primitive.name, params, avals
