@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from autopar.core.graph import Value
 from autopar.sharding.copies import moved_for
 from autopar.sharding.grid import Grid, Layout
 from autopar.sharding.model import Home, Key, Model, Path, Read, Site, Step
@@ -77,9 +76,7 @@ def _spans(model: Model) -> Callable[[Site], tuple[int, int] | None]:
     return of
 
 
-def second_layouts(
-    moves: Moves, model: Model, grid: Grid, nbytes: Callable[[Value], int], chosen: Sequence[int]
-) -> list[Held]:
+def second_layouts(moves: Moves, model: Model, grid: Grid, chosen: Sequence[int]) -> list[Held]:
     """Returns what a choice holds beside every value's own layout.
 
     A moved value lives from its first reader to its last in the same program. Partial sums exist beside
@@ -88,7 +85,7 @@ def second_layouts(
     """
 
     def size(key: Key, layout: Layout) -> int:
-        return -(-nbytes(model.value(key)) // grid.shards(layout))
+        return -(-model.nbytes(key) // grid.shards(layout))
 
     spans: dict[tuple[Key, Layout, str], tuple[int, int]] = {}
     for key, home, target, start, stop, group in moves.reads:

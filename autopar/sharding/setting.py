@@ -123,7 +123,7 @@ class Setting:
         if key not in self.known:
             self.known[key] = moves_of(self.region, self.model, regather), divisible(self.model, self.items)
         moves, parts = self.known[key]
-        held = second_layouts(moves, self.model, self.grid, self.nbytes, chosen)
+        held = second_layouts(moves, self.model, self.grid, chosen)
         return held + cut_at_once(parts, chosen)
 
 

@@ -25,9 +25,7 @@ def apply_layers(draft: Draft) -> None:
     home = {v: k for v, k in uses.items() if v in held and not draft.scalar(v)}
     named = {i for i in draft.of_phase(Phase.APPLY) if draft.layer[i] is not None}
     update = [
-        i
-        for i in draft.of_phase(Phase.APPLY)
-        if i not in named and draft.big(i) and _elementwise(draft, i)
+        i for i in draft.of_phase(Phase.APPLY) if i not in named and draft.big(i) and _elementwise(draft, i)
     ]
     parts = _joined(draft, update)
     for _ in range(ROUNDS):
