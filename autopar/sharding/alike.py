@@ -36,10 +36,14 @@ def share(
 def colours(costs: Costs, rounds: int) -> list[int]:
     """Returns a class number per node, counted in order of appearance."""
     memo: dict[int, int] = {}
+    equal: dict[tuple[bytes, tuple[int, ...]], int] = {}
 
     def digest(x: Floats) -> int:
         if id(x) not in memo:
-            memo[id(x)] = hash((np.round(x * 1e12) + 0.0).tobytes())  # no zeros with a sign
+            exact = x.tobytes(), x.strides
+            if exact not in equal:
+                equal[exact] = hash((np.round(x * 1e12) + 0.0).tobytes())  # no zeros with a sign
+            memo[id(x)] = equal[exact]
         return memo[id(x)]
 
     held = {key: x.tobytes() for key, x in {id(item.nbytes): item.nbytes for item in costs.items}.items()}

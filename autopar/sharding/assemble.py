@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -153,5 +153,5 @@ def merge(costs: Costs, classes: list[int]) -> Costs:
         if cb < ca:
             ca, cb, seconds = cb, ca, seconds.T
         edges[ca, cb] = edges[ca, cb] + seconds if (ca, cb) in edges else seconds
-    items = tuple(replace(item, node=classes[item.node]) for item in costs.items)
+    items = tuple([Item(classes[i.node], i.start, i.stop, i.nbytes, i.role, i.key) for i in costs.items])
     return Costs(tuple(nodes), edges, items, tuple(likes), tuple(classes[c] for c in costs.classes))
