@@ -12,6 +12,7 @@ import pytest
 
 import autopar as ap
 from autopar.cluster import Cluster, Node, device
+from autopar.core.graph import Phase
 from autopar.core.mesh import Axis, Device, Mesh
 from autopar.sharding.options import Options
 from autopar.sharding.pins import zero3
@@ -63,7 +64,7 @@ def test_where_there_is_memory_all_gathered_weights_are_held():
     found = plan(graph, range(len(graph.equations)), MESH, Options(pinned=zero3(graph, MESH)))
     assert len(found.held) == 2 * DEPTH
     values = graph.values
-    for again, ahead in found.held:
+    for again, ahead, _ in found.held:
         assert values[again] == values[ahead] and values[again].shape == (WIDTH, WIDTH)
     assert truth(traced(), found) == pytest.approx(predicted(found), rel=0.01)
 
@@ -80,10 +81,26 @@ def test_where_memory_is_dear_weights_are_gathered_again():
     assert truth(traced(), few) == pytest.approx(predicted(few), rel=0.01)
 
 
+def test_what_is_held_may_be_less_than_what_is_read():
+    """Gathered over the slow axis once, and over the fast one for each pass."""
+    of = setting()
+    found = plan_of(of, of.free(1e-10))
+    uses = {(e, k): spec for e, k, spec in found.uses}
+    assert len(found.held) == 2 * DEPTH
+    equations, further = traced().graph.equations, 0
+    for again, _, at in found.held:
+        readers = [(i, e.inputs.index(again)) for i, e in enumerate(equations) if again in e.inputs]
+        further += {uses[site] for site in readers} == {((), ())}
+        assert [axis for axes in at for axis in axes] == ["y"]
+    moved = [c.axes for c in found.collectives if c.kind == "all-gather" and c.phase is Phase.BACKWARD]
+    assert 0 < further <= moved.count(("y",)) and {*moved} == {("y",)}
+    assert truth(traced(), found) == pytest.approx(predicted(found), rel=0.01)
+
+
 def test_weights_that_are_gathered_again_are_moved_twice():
     model = setting()
     known = model.free(0.0)
-    halves = {each.node: len(each.layouts) for each in model.model.holdings}
+    halves = {each.node: len(each.home.layouts) // 2 for each in model.model.holdings}
     anew = tuple(k - halves.get(node, 0) for node, k in enumerate(known.chosen or ()))
     held, moved = (plan_of(model, replace(known, chosen=x)) for x in (known.chosen, anew))
     assert not moved.held and predicted(moved) > 1.2 * predicted(held)
@@ -109,12 +126,12 @@ def test_each_held_weight_saves_its_gather_and_takes_its_bytes():
     for each in model.holdings:
         k = held[each.node]
         assert each.held(k)
-        anew = (*held[: each.node], k - len(each.layouts), *held[each.node + 1 :])
+        anew = (*held[: each.node], k - len(each.home.layouts) // 2, *held[each.node + 1 :])
         seconds, fewer, less = read(anew)
         assert fewer == count - 1
         assert seconds - whole == pytest.approx(priced(anew) - priced(held), rel=1e-3)
         assert seconds - whole > 2 * WIDTH * WIDTH / 2 / MESH.axes[0].bandwidth / 4
-        parts = of.grid.shards(each.layouts[k - len(each.layouts)])
+        parts = of.grid.shards(each.home.layouts[k])
         assert memory.activations - less.activations == 2 * WIDTH * WIDTH // parts
 
 

@@ -183,7 +183,7 @@ class _Work:
         price = max(0.0, own.objective - unlimited.objective) / over
         graph, mesh = kept.graph, choice.mesh
         options = stage_options(graph, mesh, _fixed(self.method, kept, mesh))
-        keeping = intra.keeping(graph, range(len(graph.equations)), mesh, options, price)
+        keeping = intra.keeping(graph, range(len(graph.equations)), mesh, options, price, own.bound)
         return max(free.bound, min(own.bound, keeping))
 
     def _everywhere(self, remat: Remat, choice: MeshChoice, free: ShardingPlan) -> tuple[Made, bool]:

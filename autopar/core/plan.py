@@ -101,8 +101,8 @@ class ShardingPlan:
         dtypes: (from, to): element types this stage keeps in another type, because its devices lack them.
         products: (from, to): the type in which their matrix products run (operands scaled per tensor).
         regather: state that forward and backward read in another layout is moved for each of them, not kept.
-        held: (value that the backward computes again, the equal one of the forward): where readers of the
-            first want another layout, they take the second, which the forward has moved there.
+        held: (value that the backward computes again, the equal one of the forward, a layout): the second is
+            kept in this layout for the readers of the first that want another than its own.
     """
 
     mesh: Mesh
@@ -122,7 +122,7 @@ class ShardingPlan:
     products: tuple[tuple[str, str], ...] = ()
     loops: tuple[LoopLayouts, ...] = ()
     regather: bool = False
-    held: tuple[tuple[int, int], ...] = ()
+    held: tuple[tuple[int, int, Spec], ...] = ()
 
     @cached_property
     def layout(self) -> dict[int, Spec]:

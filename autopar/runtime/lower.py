@@ -96,7 +96,7 @@ class _Layouts:
     reads: dict[tuple[int, int], Spec]
     made: dict[tuple[int, int], Spec]
     loops: dict[int, LoopLayouts]
-    held: dict[int, int]
+    held: dict[int, tuple[int, Spec]]
 
     @classmethod
     def of(cls, plan: ShardingPlan | LoopLayouts) -> _Layouts:
@@ -105,8 +105,13 @@ class _Layouts:
             reads={(e, k): spec for e, k, spec in plan.uses},
             made={(e, k): spec for e, k, spec in plan.partials},
             loops={loop.equation: loop for loop in plan.loops},
-            held=dict(plan.held) if isinstance(plan, ShardingPlan) else {},
+            held=_held(plan) if isinstance(plan, ShardingPlan) else {},
         )
+
+
+def _held(plan: ShardingPlan) -> dict[int, tuple[int, Spec]]:
+    """Returns value → (the one taken for it, the layout in which that is held); both passes go by there."""
+    return {v: (of, at) for again, of, at in plan.held for v in (again, of)}
 
 
 class _Target:
@@ -196,13 +201,22 @@ class _Evaluation:
         wanted, kept = self.layouts.reads.get((e, k)), self.layouts.kept.get(v)
         if wanted is None or wanted == kept:
             return env[v]
-        v = self.layouts.held.get(v, v)
-        again, x = self._again(e, v), env[v]
+        again = self._again(e, v)
         if (v, wanted, again) not in self._moved:
             # behind a barrier, or the compiler would merge it with the forward's move and keep the result
-            source = jax.lax.optimization_barrier(x) if again else x
+            source = jax.lax.optimization_barrier(env[v]) if again else env[v]
+            if v in self.layouts.held:
+                source, kept = self._held(v, *self.layouts.held[v], env)
             self._moved[v, wanted, again] = self.target.move(source, kept, wanted)
         return self._moved[v, wanted, again]
+
+    def _held(self, v: int, of: int, at: Spec, env: Mapping[int, Array]) -> tuple[Array, Spec]:
+        """Returns what is held for both passes, and where; for the backward behind a barrier, or the compiler
+        would keep what the forward makes of it."""
+        if (of, at, False) not in self._moved:
+            self._moved[of, at, False] = self.target.move(env[of], self.layouts.kept.get(of), at)
+        held = self._moved[of, at, False]
+        return held if v == of else self.target.constrain(jax.lax.optimization_barrier(held), at), at
 
     def _again(self, e: int, v: int) -> bool:
         """Whether this is a read of state in the backward, for which it is moved again."""

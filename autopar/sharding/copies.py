@@ -68,4 +68,4 @@ def _hold(model: Model, key: Key, of: Key, first: Home, offered: Home) -> None:
     """Lets a copy take over what the forward moved to its own."""
     times, phase = model.reads[-1].times, model.reads[-1].phase
     model.reads.append(Read(of, first, offered, phase, times, copy=True, held=True))
-    model.holdings.append(Holding(key, of, offered.node, first.layouts))
+    model.holdings.append(Holding(key, of, offered))

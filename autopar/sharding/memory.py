@@ -275,16 +275,14 @@ def _turned(model: Model, local: Local, nbytes: Callable[[Value], int]) -> list[
 
 
 def _held(model: Model, local: Local, nbytes: Callable[[Value], int]) -> list[Item]:
-    """Returns what held copies take between their last reader of the forward and their first of the
-    backward."""
+    """Returns what held copies take, from the first reader in the forward to the first in the backward."""
     found: list[Item] = []
     for each in model.holdings:
-        size = local(nbytes(model.value(each.of)), each.layouts)
-        start = max(tick for tick, phase in model.uses[each.of] if phase is Phase.FORWARD) + 1
-        stop = min(tick for tick, _ in model.uses[each.key])
-        if start < stop:
-            taken = np.concatenate([np.zeros_like(size), size])
-            found.append(Item(each.node, start, stop, taken, RESIDUAL, each.of))
+        size = local(nbytes(model.value(each.of)), each.home.layouts)
+        start = min(tick for tick, phase in model.uses[each.of] if phase is Phase.FORWARD)
+        stop = min(tick for tick, _ in model.uses[each.key]) + 1
+        taken = np.where(np.arange(len(size)) < len(size) // 2, 0, size)
+        found.append(Item(each.node, start, stop, taken, RESIDUAL, each.of))
     return found
 
 

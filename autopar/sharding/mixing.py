@@ -1,11 +1,12 @@
 """A memory limit that binds in a deep graph: some layers take a fast plan, the others a lean one.
 
 Where all like layers take one decision, memory can only be saved in all of them at once, and the best such
-plan may be far from what the limit allows. Without a limit but with a price on the bytes that are alive at
-the worst time, the merged problem is solved quickly; as the price rises its plans go from the fastest to the
-leanest along the convex hull of time over bytes (Lagrange relaxation; Everett 1963). Of the two plans between
-which the limit lies, the first layers take one and the rest the other, as many as fit. The price gives a
-bound as well: time plus price times bytes, less price times limit, is below the time of every plan that fits.
+plan may be far from what the limit allows. Without a limit but with prices on the bytes that are alive at
+each moment, the merged problem is solved quickly; as prices rise its plans go from the fastest to the leanest
+along the convex hull of time over bytes (Lagrange relaxation; Everett 1963). Of two plans, between which the
+limit lies, the first layers take one and the rest the other, as many as fit, and what is left is filled up
+part by part. Prices give a bound as well: time plus the price of all bytes, less the price of the limit, is
+below the time of every plan that fits.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from autopar.core.graph import OpKind, Phase
 from autopar.sharding.assemble import Costs, Floats
-from autopar.sharding.memory import BY, STATE, Item
+from autopar.sharding.filling import filled, neighbours, parts, saved
+from autopar.sharding.memory import STATE, Item
 from autopar.sharding.model import Model
+from autopar.sharding.prices import Alive, Point, Running, Steps, mixture, over_time
 from autopar.sharding.setting import Setting
 from autopar.sharding.solving import Solved, minimise
 
@@ -32,35 +34,26 @@ Choice: TypeAlias = tuple[int, ...]
 LEAN = 1e-6
 """Seconds per byte at which memory is all that counts."""
 
-NEAR = 1e-4
-"""Prices are refined until a plan is this near the line between the two that are known."""
+NEAR = 1e-3
+"""Prices are refined until it is known this well what they can prove: as near as plans of one price are to
+their best."""
 
 CLOSE = 1e-3
 """A plan that fits and is proven to be this near the best is not improved."""
 
-FAR = 0.1
-"""A mixture that may be further from the best is looked for at prices of another time, too."""
-
-SLIGHT, FIRST, STEEPER = 0.25, 1e-4, 30.0
+SLIGHT, FIRST, STEEPER = 0.25, 1e-4, 6.0
 """Where the fastest plan exceeds the limit by less than the first share, prices begin low: the excess costs
-the second share of the time. How they rise until a plan fits."""
+the second share of the time; else the whole limit costs as much as that takes. How they rise until plans
+fit."""
 
-ROUNDS = 8
-"""Prices tried at most; the hull has few corners near the limit."""
+ROUNDS, FEW = 12, 8
+"""Prices tried at most, for a whole step and for one of several stages; the hull has few corners near the
+limit."""
 
 BOUNDS, BOUND_SECONDS, NEARLY = 4, 0.5, 0.01
 """Prices tried at most for a bound alone, the seconds that each may take, and how near its best is enough."""
 
 NONE_FITS = Solved(None, math.inf, -math.inf, "unknown")
-
-
-@dataclass(frozen=True)
-class Point:
-    """A plan of the priced problem. seconds: without the price. nbytes: that are priced."""
-
-    chosen: Choice
-    seconds: float
-    nbytes: float
 
 
 @dataclass(frozen=True)
@@ -70,19 +63,19 @@ class Mixer:
     Attributes:
         merged: costs in which like nodes are one. plain: the same of every node.
         items: bytes over time of all nodes. layers: per node the layer it is part of, or None.
-        peak: bytes a choice takes. limit: bytes there are.
-        solve: gives the best choice for costs, whatever memory there is.
-        thorough: whether prices at a second time are tried, too.
+        limit: bytes there are. solve: gives the best choice for costs, whatever memory there is.
+        setting: what says which bytes depend on two choices at once; None: these do not count.
+        rounds: prices tried at most.
     """
 
     merged: Costs
     plain: Costs
     items: Sequence[Item]
     layers: Sequence[int | None]
-    peak: Callable[[Choice], int]
     limit: int
     solve: Callable[[Costs], Solved]
-    thorough: bool = True
+    setting: Setting | None = None
+    rounds: int = ROUNDS
 
     @classmethod
     def of(
@@ -92,136 +85,105 @@ class Mixer:
         plain: Costs,
         limit: int,
         solve: Callable[[Costs], Solved],
-        thorough: bool = True,
+        rounds: int = ROUNDS,
     ) -> Mixer:
         """Returns the mixer of a region's model, with the arguments of `Mixer`."""
-        items, layers = setting.items, layers_of(setting.model)
-        return cls(merged, plain, items, layers, lambda x: setting.memory(x).peak, limit, solve, thorough)
+        return cls(merged, plain, setting.items, layers_of(setting.model), limit, solve, setting, rounds)
 
     def run(self, free: Choice) -> Solved:
         """Returns the best mixture found, with its bound. free: the fastest choice, which does not fit."""
-        first = self._worst(free)
-        found = [self._between(free, first, 0 if self.thorough else ROUNDS)]
-        if self.thorough and not self._another(free, first, found):
-            found.append(self._between(free, first, ROUNDS))
-            self._another(free, first, found)
-        best = min(found, key=lambda each: each.objective)
-        return replace(best, bound=max(each.bound for each in found))
-
-    def bound(self, free: Choice, price: float) -> float:
-        """Returns seconds that no plan that fits goes below, by prices of what is alive when `free` needs
-        most. price: the first one."""
-        weights, best = self._weights(self._worst(free)), -math.inf
-        fast, lean = self._point(free, weights), None
-        for _ in range(BOUNDS):
-            found, below = self._at(price, weights)
-            if found is None or below <= best * (1 + NEAR):
-                break
-            best = max(best, below)
-            fast, lean = (found, lean) if found.nbytes > self.limit else (fast, found)
-            if lean is None:
-                price *= 2
-            elif fast.nbytes > lean.nbytes:
-                price = max(0.0, lean.seconds - fast.seconds) / (fast.nbytes - lean.nbytes)
-        return best
-
-    def _another(self, free: Choice, tick: int, found: list[Solved]) -> bool:
-        """Returns whether another time than this binds the last mixture found, and one at prices of that time
-        is near enough to the best; it is added to what was found."""
-        last = found[-1]
-        near = last.objective * (1 - CLOSE) <= last.bound
-        if last.chosen is None or near or self._worst(last.chosen) == tick:
-            return False
-        found.append(self._between(free, self._worst(last.chosen), ROUNDS))
-        return found[-1].objective * (1 - FAR) <= found[-1].bound
-
-    def _worst(self, chosen: Choice) -> int:
-        """Returns the time at which a choice needs most."""
-        return int(self._timeline(chosen).argmax())
-
-    def _between(self, free: Choice, tick: int, rounds: int) -> Solved:
-        """Returns the best mixture at prices of what is alive at a time, refined so often."""
-        weights = self._weights(tick)
-        fast = self._point(free, weights)
-        fast, lean, bound = self._fitting(fast, weights)
-        if lean is None:
+        over, seconds = int(self._usage(free).max()) / self.limit - 1, self._seconds(free)
+        share = FIRST / max(over, FIRST) if over < SLIGHT else 1.0
+        points, used, bound = self._priced(free, share * seconds / self.limit, self.rounds)
+        lean = [point for point in points if point.peak <= self.limit]
+        if not lean:
             return NONE_FITS
-        for _ in range(rounds):
-            if fast.nbytes <= lean.nbytes or lean.seconds * (1 - CLOSE) <= bound:
-                break
-            price = max(0.0, lean.seconds - fast.seconds) / (fast.nbytes - lean.nbytes)
-            found, below = self._at(price, weights)
-            bound = max(bound, below)
-            known = fast.seconds + price * fast.nbytes
-            if found is None or found.seconds + price * found.nbytes >= (1 - NEAR) * known:
-                break
-            if self.peak(found.chosen) <= self.limit:
-                lean = found
-            else:
-                fast = found
-        best = min(self._mixtures(fast.chosen, lean.chosen), key=self._seconds)
+        best = self._mixed(min(lean, key=lambda point: point.seconds), used, bound)
         return Solved(best, self._seconds(best), bound, "feasible")
 
-    def _fitting(self, fast: Point, weights: Sequence[Floats]) -> tuple[Point, Point | None, float]:
-        """Returns the last plan that does not fit and the first that does, as the price of bytes rises, and
-        seconds that no plan that fits goes below. fast: the best one without a price."""
-        over, price, bound = self.peak(fast.chosen) / self.limit - 1, LEAN, -math.inf
-        if over < SLIGHT:
-            price = FIRST * fast.seconds / (max(over, NEAR) * self.limit)
-        while True:
-            price = min(price, LEAN)
-            found, below = self._at(price, weights)
-            bound = max(bound, below)
-            if found is not None and self.peak(found.chosen) <= self.limit:
-                return fast, found, bound
-            if price == LEAN:
-                return fast, None, bound
-            fast = found or fast
-            price *= STEEPER
+    def bound(self, free: Choice, price: float, enough: float = math.inf) -> float:
+        """Returns seconds that no plan that fits goes below, by prices of what is alive at some moments.
+        price: the first one, when `free` needs most. enough: no more need be proven."""
+        return self._priced(free, price, BOUNDS, enough)[2]
+
+    def _priced(
+        self, free: Choice, price: float, rounds: int, enough: float = math.inf
+    ) -> tuple[list[Point], list[Point], float]:
+        """Returns plans, those among them of which the best mixture is made, and seconds that no plan that
+        fits goes below.
+
+        Args:
+            free: whatever memory there is. price: of a byte at first, when `free` needs most; it rises until
+                a plan fits. rounds: prices tried at most. enough: a bound that is not improved.
+        """
+        points, bound = [self._point(free)], -math.inf
+        now = mixture(points, self.limit, price)
+        for _ in range(rounds):
+            solved = self._at(now.prices)
+            if solved.chosen is None:
+                break
+            bound = max(bound, solved.bound - float(now.prices.sum()) * self.limit)
+            known = any(point.chosen == solved.chosen for point in points)
+            points += [] if known else [self._point(solved.chosen)]
+            if bound >= enough:
+                break
+            if any(point.peak <= self.limit for point in points):
+                now = mixture(points, self.limit, LEAN)
+                priced = now.seconds + float(now.prices.sum()) * self.limit
+                if known or now.seconds - bound <= NEAR * priced:
+                    break
+            elif price == LEAN:
+                break
+            else:
+                price = min(LEAN, STEEPER * price)
+                now = mixture(points, self.limit, price)
+        used = [point for point, part in zip(points, now.shares, strict=False) if part > 0]
+        return points, used, bound
+
+    def _mixed(self, lean: Point, others: Sequence[Point], bound: float) -> Choice:
+        """Returns the fastest mixture found of a plan that fits with others, as many layers or parts of any
+        as fit."""
+        best = lean.chosen
+        for other in sorted(others, key=lambda point: point.seconds):
+            best = min(self._mixtures(other.chosen, best), key=self._seconds)
+        for other in sorted(others, key=lambda point: point.seconds):
+            if self._seconds(best) * (1 - CLOSE) > bound:
+                best = self._filled(best, other.chosen)
+        return best
 
     @functools.cached_property
-    def _alive(self) -> tuple[npt.NDArray[np.int64], ...]:
-        """Node, start and stop of every item, where its bytes begin in the last array, and that."""
-        items = [item for item in self.items if item.role != BY]
-        sizes = [len(item.nbytes) for item in items]
-        return (
-            np.array([item.node for item in items]),
-            np.array([item.start for item in items]),
-            np.array([item.stop for item in items]),
-            np.cumsum([0, *sizes[:-1]]),
-            np.concatenate([item.nbytes for item in items]),
-        )
+    def _alive(self) -> Alive:
+        return Alive(self.items)
 
-    def _timeline(self, chosen: Choice) -> npt.NDArray[np.int64]:
-        """Returns the bytes alive at every tick, but for what depends on two choices at once."""
-        nodes, starts, stops, first, nbytes = self._alive
-        used = nbytes[first + np.array(chosen)[nodes]]
-        steps = np.zeros(int(stops.max()) + 1, np.int64)
-        np.add.at(steps, starts, used)
-        np.subtract.at(steps, stops, used)
-        return np.cumsum(steps)
+    @functools.cached_property
+    def _running(self) -> Running | None:
+        return None if self.setting is None else Running(self.setting)
 
-    def _weights(self, tick: int) -> list[Floats]:
-        """Returns per node of `plain` the bytes of each choice that are alive at a tick."""
-        weights = [np.zeros(len(cost)) for cost in self.plain.nodes]
-        for item in self.items:
-            if item.role != BY and item.start <= tick < item.stop:
-                weights[item.node] += item.nbytes
-        return weights
+    def _at(self, prices: Floats) -> Solved:
+        """Returns the best plan at prices of bytes at every tick."""
+        nodes, edges = [cost.copy() for cost in self.merged.nodes], dict(self.merged.edges)
+        classes, running = self.merged.classes, self._running
+        for node, cost in (*self._alive.cost(prices), *(running.nodes(prices) if running else ())):
+            nodes[classes[node]] += cost
+        for i, j, cost in running.edges(prices) if running else ():
+            a, b = classes[i], classes[j]
+            if a == b:
+                nodes[a] += np.diagonal(cost)
+                continue
+            (a, b), cost = ((a, b), cost) if a < b else ((b, a), cost.T)
+            edges[a, b] = edges[a, b] + cost if (a, b) in edges else cost
+        return self.solve(replace(self.merged, nodes=tuple(nodes), edges=edges))
 
-    def _at(self, price: float, weights: Sequence[Floats]) -> tuple[Point | None, float]:
-        """Returns the best plan at a price of bytes, and seconds that no plan that fits goes below."""
-        nodes = [cost.copy() for cost in self.merged.nodes]
-        for c, weight in zip(self.merged.classes, weights, strict=True):
-            nodes[c] += price * weight
-        solved = self.solve(replace(self.merged, nodes=tuple(nodes)))
-        if solved.chosen is None:
-            return None, -math.inf
-        return self._point(solved.chosen, weights), solved.bound - price * self.limit
+    def _usage(self, chosen: Choice) -> Steps:
+        """Returns the bytes that a choice takes at every tick."""
+        steps = self._alive.steps(chosen)
+        if self.setting is None:
+            return steps
+        beside = ((held.start, held.stop, held.nbytes) for held in self.setting.held(chosen))
+        return steps + over_time(beside, len(steps))
 
-    def _point(self, chosen: Choice, weights: Sequence[Floats]) -> Point:
-        nbytes = sum(float(weight[k]) for weight, k in zip(weights, chosen, strict=True))
-        return Point(chosen, self._seconds(chosen), nbytes)
+    def _point(self, chosen: Choice) -> Point:
+        return Point(chosen, self._seconds(chosen), self._usage(chosen))
 
     def _seconds(self, chosen: Choice) -> float:
         costs = self.plain
@@ -259,23 +221,33 @@ class Mixer:
         return tuple(now)
 
     @functools.cached_property
+    def _near(self) -> dict[int, list[tuple[int, Floats]]]:
+        return neighbours(self.plain.edges)
+
+    @functools.cached_property
     def _free_nodes(self) -> dict[int, list[tuple[int, Floats]]]:
         """Nodes without memory → (neighbour, costs by own choice and the neighbour's)."""
-        found: dict[int, list[tuple[int, Floats]]] = {
-            i: [] for i in {*range(len(self.plain.nodes))} - {item.node for item in self.items}
-        }
-        for (a, b), matrix in self.plain.edges.items():
-            if a in found:
-                found[a].append((b, matrix))
-            if b in found:
-                found[b].append((a, matrix.T))
-        return found
+        holding = {item.node for item in self.items}
+        return {i: self._near.get(i, []) for i in range(len(self.plain.nodes)) if i not in holding}
+
+    def _filled(self, best: Choice, fast: Choice) -> Choice:
+        """Returns a mixture with the parts in which a faster choice differs taken one by one, as they fit."""
+        near, free = self._near, self._free_nodes
+        each = parts(best, fast, near, free)
+        gains = [(saved(part, best, fast, self.plain, near, free), part) for part in each]
+        better = filled(best, gains, fast, self._alive.steps, self.limit - self._usage(best))
+        low, high = 0, len(better)
+        while high - low > 1:
+            middle = (low + high) // 2
+            better[middle] = self._settled(better[middle])
+            low, high = (middle, high) if self._fits(better[middle]) else (low, middle)
+        return min(best, better[low], key=self._seconds)
 
     def _fits(self, chosen: Choice) -> bool:
         return (
-            self._timeline(chosen).max() <= self.limit
+            self._alive.steps(chosen).max() <= self.limit
             and math.isfinite(self._seconds(chosen))
-            and self.peak(chosen) <= self.limit
+            and self._usage(chosen).max() <= self.limit
         )
 
 
@@ -295,15 +267,16 @@ def mixed(setting: Setting, price: float, limit: int) -> Solved:
     def solve(costs: Costs) -> Solved:
         return minimise(costs, None, patience, setting.options.gap)
 
-    return Mixer.of(setting, merged, plain, limit, solve, thorough=whole).run(free.chosen)
+    return Mixer.of(setting, merged, plain, limit, solve, ROUNDS if whole else FEW).run(free.chosen)
 
 
-def keeping_products(setting: Setting, price: float, limit: int) -> float:
+def keeping_products(setting: Setting, price: float, limit: int, enough: float = math.inf) -> float:
     """Returns seconds that no plan within a limit goes below that keeps the results of products, whatever
     else it computes again: their bytes, and those of state, have a price, and computing again none.
 
     Args:
         setting: nothing is computed again. price: seconds per byte. limit: bytes.
+        enough: seconds; no more need be proven.
     """
     free = setting.free(0.0)
     if free.chosen is None:
@@ -317,7 +290,7 @@ def keeping_products(setting: Setting, price: float, limit: int) -> float:
         return minimise(costs, None, BOUND_SECONDS, NEARLY)
 
     mixer = Mixer.of(setting, setting.costs(0.0), setting.plain(0.0), limit, solve)
-    return replace(mixer, items=items).bound(free.chosen, price)
+    return replace(mixer, items=items, setting=None).bound(free.chosen, price, enough)
 
 
 def layers_of(model: Model) -> list[int | None]:

@@ -103,18 +103,21 @@ class Holding:
 
     Attributes:
         key: of the backward. of: of the forward.
-        node: the copy for the readers of the backward; each of `layouts` is two of its choices, moved anew
-            for the backward and, in the second half, held since the forward.
+        home: the copy for the readers of the backward; it has each layout twice, moved anew for the backward
+            and, in the second half, held since the forward.
     """
 
     key: Key
     of: Key
-    node: int
-    layouts: tuple[Layout, ...]
+    home: Home
+
+    @property
+    def node(self) -> int:
+        return self.home.node
 
     def held(self, choice: int) -> bool:
         """Returns whether a choice of the node is to hold what the forward moved."""
-        return choice >= len(self.layouts)
+        return 2 * choice >= len(self.home.layouts)
 
 
 @dataclass(frozen=True, slots=True)

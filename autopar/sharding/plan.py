@@ -177,17 +177,24 @@ def promise(
     return Promise(seconds, max(free.bound, bound))
 
 
-def keeping(graph: Graph, equations: Iterable[int], mesh: Mesh, options: Options, price: float) -> float:
+def keeping(
+    graph: Graph,
+    equations: Iterable[int],
+    mesh: Mesh,
+    options: Options,
+    price: float,
+    enough: float = math.inf,
+) -> float:
     """Returns seconds that no plan within the limit goes below that keeps the results of products, whatever
     else it computes again.
 
     Args:
         graph: nothing is computed again. equations, mesh, options: as for `plan`. price: of a byte, in
-            seconds; any gives a bound.
+            seconds; any gives a bound. enough: seconds; no more need be proven.
     """
     keyed = _keyed(Same(graph), tuple(equations))
     setting = _prepared(keyed, mesh, replace(canonical(options, keyed.region), regather=False))
-    return keeping_products(setting, price, limit_of(setting.options, mesh))
+    return keeping_products(setting, price, limit_of(setting.options, mesh), enough)
 
 
 def _planned(keyed: _Keyed, mesh: Mesh, options: Options) -> ShardingPlan:
@@ -334,7 +341,7 @@ def _read(setting: Setting, solved: Solved, price: float) -> ShardingPlan:
         products=options.products,
         loops=loops(out, model, grid),
         regather=bool(options.regather),
-        held=tuple(sorted((v, of) for (_, v), (_, of) in out.held.items())),
+        held=tuple(sorted((v, of, grid.spec(x)) for (_, v), ((_, of), x) in out.held.items())),
     )
 
 
@@ -351,5 +358,5 @@ def relabel(plan: ShardingPlan, region: Region) -> ShardingPlan:
         partials=sites(plan.partials),
         collectives=tuple(replace(c, value=region.ids[c.value]) for c in plan.collectives),
         loops=tuple(replace(x, equation=region.indices[x.equation]) for x in plan.loops),
-        held=tuple(sorted((region.ids[v], region.ids[of]) for v, of in plan.held)),
+        held=tuple(sorted((region.ids[v], region.ids[of], spec) for v, of, spec in plan.held)),
     )

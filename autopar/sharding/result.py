@@ -27,7 +27,7 @@ class Outcome:
     layouts: dict[Key, Layout] = field(default_factory=dict)
     uses: dict[tuple[Path, int, int], Layout] = field(default_factory=dict)
     partials: dict[tuple[Path, int, int], Layout] = field(default_factory=dict)
-    held: dict[Key, Key] = field(default_factory=dict)
+    held: dict[Key, tuple[Key, Layout]] = field(default_factory=dict)
     collectives: list[Collective] = field(default_factory=list)
     seconds: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(Phase, 0.0))
 
@@ -49,6 +49,7 @@ class Reader:
         self.out = Outcome()
         self.moved: set[tuple[Key, Layout, Layout, str]] = set()  # value, from, to, program
         self.wanted: set[tuple[Key, Layout, str]] = set()
+        self.through: dict[Key, Layout] = {}
 
     def at(self, home: Home) -> Layout:
         """Returns the layout a home has under the choice."""
@@ -58,7 +59,8 @@ class Reader:
         """Returns what the choice means."""
         self.out.layouts = {key: self.at(home) for key, home in self.model.homes.items()}
         taken = (each for each in self.model.holdings if each.held(self.chosen[each.node]))
-        self.out.held = {each.key: each.of for each in taken}
+        self.out.held = {each.key: (each.of, self.at(each.home)) for each in taken}
+        self.through = dict(self.out.held.values())
         for key in self.model.lazy:
             wanted = [self.at(target) for target, _ in self.model.wanted.get(key, ())]
             rank = len(self.model.value(key).shape)
@@ -92,8 +94,11 @@ class Reader:
             have = self.at(read.source) if read.tie else self.out.layouts[read.key]
             if read.site is not None and not read.tie and want != have:
                 self.out.uses[read.site] = want
-            key = self.out.held.get(read.key, read.key)
-            self._move(key, have, want, read.phase, read.times, len(read.kernels))
+            of = self.out.held.get(read.key, (read.key, have))[0]
+            if want != have and of in self.through:  # both passes go by where it is held
+                self._move(of, have, self.through[of], Phase.FORWARD, read.times)
+                have = self.through[of]
+            self._move(read.key, have, want, read.phase, read.times, len(read.kernels))
 
     def _lazies(self) -> None:
         """Lazy values are made in a layout of which every reader takes a part."""
