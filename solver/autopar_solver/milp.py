@@ -184,6 +184,12 @@ class Exact:
         self.model = build_model(self.c)
         self.scale = cost_scale(self.model)
         self.h = new_highs(self.seed, self.gap)
+        try:
+            return self._solved(start)
+        finally:
+            self.h.clear()  # it stays until the collector comes
+
+    def _solved(self, start: IntArray | None) -> Outcome:
         load_model(self.h, self.model, self.scale)
         self._watch()
         if not self._relax():
@@ -212,8 +218,10 @@ class Exact:
         The bounds its callbacks carry are not used: inside its heuristics they are those of a sub-problem.
         """
 
+        stopped, clock, end = self.stopped, self.clock, self.end  # not `self`: HiGHS keeps what it calls
+
         def interrupt(event: Any) -> None:
-            if self.stopped.is_set() or self.clock() > self.end:
+            if stopped.is_set() or clock() > end:
                 event.interrupt()
 
         self.h.cbMipInterrupt += interrupt

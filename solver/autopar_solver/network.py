@@ -5,6 +5,7 @@ All costs are exact int64. INF marks what is forbidden; adding two entries never
 far enough below INF that a forbidden entry stays at or above it whatever negative costs are added to it.
 """
 
+import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -27,14 +28,17 @@ class Matrix:
     Edges with equal entries share one Matrix, so a question is answered once for all of them.
     """
 
-    def __init__(self, m: IntArray) -> None:
+    def __init__(self, m: IntArray, flipped: "weakref.ref[Matrix] | None" = None) -> None:
         self.m = m
+        self._made_of = flipped  # weak: in a cycle, both would stay until the collector comes
+        self._flip: Matrix | None = None
 
-    @cached_property
+    @property
     def flip(self) -> "Matrix":
         """The same edge seen from its other end."""
-        other = Matrix(np.ascontiguousarray(self.m.T))
-        other.__dict__["flip"] = self
+        other = self._flip if self._made_of is None else self._made_of() or self._flip
+        if other is None:
+            other = self._flip = Matrix(np.ascontiguousarray(self.m.T), weakref.ref(self))
         return other
 
     @cached_property
