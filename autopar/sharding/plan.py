@@ -280,7 +280,7 @@ def _prepared(keyed: _Keyed, mesh: Mesh, options: Options) -> Setting:
     return replace(_models(keyed, mesh, plain), options=options)
 
 
-@functools.lru_cache(maxsize=16)  # these are big; one is needed again only for other limits and prices
+@functools.lru_cache(maxsize=24)  # these are big; one is needed again only for other limits and prices
 def _models(keyed: _Keyed, mesh: Mesh, options: Options) -> Setting:
     if options.pinned:
         return pinned(_models(keyed, mesh, replace(options, pinned=())), options)
