@@ -44,7 +44,7 @@ class Row:
         predicted, compiled: peak bytes per device, of the plan and of the compiled program.
         seconds: predicted, per step. gap: proven relative distance from the fastest plan within the limit.
         again: (layer, what it computes again).
-        planning: seconds. error: why there is no plan, "" if there is one.
+        planning: processor seconds. error: why there is no plan, "" if there is one.
     """
 
     model: str
@@ -118,12 +118,12 @@ def row(model: str, mesh: str, device: str, network: float, share: float | None,
     limit = PLENTY if share is None or free is None else int(share * free.predicted)
     found = Row(model, mesh, device, share, limit)
     step, args = _step(model, _limited(cluster, int((1 - RESERVE) * limit)), shape)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         plan = step.plan(*args)
     except DoesNotFit as error:
-        return replace(found, planning=time.perf_counter() - start, error=str(error))
-    planning = time.perf_counter() - start
+        return replace(found, planning=time.process_time() - start, error=str(error))
+    planning = time.process_time() - start
     sharding = plan.stages[0].sharding
     bench = Bench(case(model, cluster.size), sharding.mesh, step.trace(*args))
     return replace(
@@ -153,7 +153,7 @@ def _limited(cluster: room.Cluster, limit: int) -> room.Cluster:
 def table(rows: Sequence[Row]) -> Table:
     """Returns a line per plan."""
     shown = Table("model", "mesh", "limit", show_edge=False, pad_edge=False)
-    for column in ("MB limit", "MB predicted", "MB compiled", "ms", "× unlimited", "gap", "plan s"):
+    for column in ("MB limit", "MB predicted", "MB compiled", "ms", "× unlimited", "gap", "plan CPU s"):
         shown.add_column(column, justify="right")
     shown.add_column("computed again")
     for r in rows:
