@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 
-from autopar.core.graph import Equation, Phase
+from autopar.core.graph import Equation, Graph, Phase
 from autopar.core.plan import LoopLayouts, ShardingPlan
 from autopar.core.program import Segment
 from autopar.core.spec import Spec, replicated
-from autopar.runtime import matvec
+from autopar.runtime import matvec, skinny
+from autopar.runtime.kernels import scaled
 from autopar.runtime.layout import JaxMesh, named, on_host, struct
 from autopar.runtime.order import KEEPING_ORDER, joins
 from autopar.sharding.resharding import hops
@@ -138,7 +139,10 @@ class _Target:
     def bind(self, traced: Any, e: int, operands: Sequence[Array]) -> Sequence[Array]:
         numbers = evaluate.product_of(traced, e) if self.one_host else None
         if numbers is not None and len(operands) == 2:
-            spread = matvec.product(operands[0], operands[1], numbers)
+            lhs, rhs = operands
+            spread = matvec.product(lhs, rhs, numbers)
+            if spread is None:
+                spread = skinny.product(lhs, rhs, numbers, _given(traced.graph, e))
             if spread is not None:
                 return [spread]
         return evaluate.bind(traced, e, operands, dtypes=self.dtypes, products=self.products)
@@ -146,6 +150,12 @@ class _Target:
     def constant(self, x: Array) -> Array:
         wanted = self.dtypes.get(str(x.dtype))
         return x if wanted is None else x.astype(wanted)
+
+
+def _given(graph: Graph, e: int) -> tuple[bool, ...]:
+    """Returns of each operand whether it is state that came with the step."""
+    operands = [v for v in graph.equations[e].inputs if v is not None]
+    return tuple(v in graph.inputs and v not in graph.batch for v in operands)
 
 
 class _Evaluation:
