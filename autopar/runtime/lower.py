@@ -18,7 +18,6 @@ from autopar.core.plan import LoopLayouts, ShardingPlan
 from autopar.core.program import Segment
 from autopar.core.spec import Spec, replicated
 from autopar.runtime import matvec, skinny
-from autopar.runtime.kernels import scaled
 from autopar.runtime.layout import JaxMesh, named, on_host, struct
 from autopar.runtime.order import KEEPING_ORDER, joins
 from autopar.sharding.resharding import hops
