@@ -255,9 +255,19 @@ class _Work:
         if not choosing(every.graph):
             raise DoesNotFit("no layer keeps anything for its backward pass that could be computed again")
         if layers.are_few(every.graph):
-            every = self.tracer(self.micro, _with_the_end(FEW))
-        pinned = _fixed(self.method, every, choice.mesh)
-        chosen = layers.choose(every.graph, choice.mesh, stage_options(every.graph, choice.mesh, pinned))
+            by_parts = self.tracer(self.micro, _with_the_end(FEW))
+            try:
+                return self._chosen(by_parts, choice)
+            except DoesNotFit:
+                if choosing(by_parts.graph) == choosing(every.graph):
+                    raise
+        return self._chosen(every, choice)
+
+    def _chosen(self, several: Traced, choice: MeshChoice) -> Made:
+        """Returns the fastest plan of a trace that holds what layers may compute again."""
+        pinned = _fixed(self.method, several, choice.mesh)
+        options = stage_options(several.graph, choice.mesh, pinned)
+        chosen = layers.choose(several.graph, choice.mesh, options)
         remat = dict(chosen.remat)
         found = self._planned(self.tracer(self.micro, remat), choice, remat)
         found = replace(found, plan=replace(found.plan, notes=(*found.plan.notes, chosen.text())))
