@@ -45,6 +45,7 @@ def test_it_is_the_product(found, cores, page):
 OVER = (((1,), (1,)), ((), ()))
 CASES = {
     "one vector": ((1024, 768), (1, 768), OVER, True),
+    "one vector, rows that cores cannot share": ((1025, 768), (1, 768), OVER, False),
     "eight vectors, short rows": ((1024, 768), (8, 768), OVER, True),
     "the vectors first": ((8, 768), (1024, 768), OVER, True),
     "eight vectors, rows of a page": ((1024, 1024), (8, 1024), OVER, False),
