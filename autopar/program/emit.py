@@ -199,7 +199,8 @@ class _Emitter:
         """
         renames: list[tuple[int, Buffer, Buffer]] = []
         pairs = self.facts.replaced_by
-        shared = [w for w in pairs.values() if list(pairs.values()).count(w) > 1]
+        news = sorted(pairs.values())
+        shared = {a for a, b in zip(news, news[1:]) if a == b}
         for old, new in pairs.items():
             source = self.facts.whole(new)
             for to in self.facts.holders(old):

@@ -39,7 +39,7 @@ class Fusion:
 
     Attributes:
         sources: such a value → the values it is made of (none for what is made of constants).
-        kept_for: such a value → ticks of readers for which it is written all the same.
+        kept_for: such a value → ticks of readers for which it is written all the same, if there are any.
         inside: tick of what is computed inside of its readers → ticks of the kernels that compute it.
     """
 
@@ -118,9 +118,10 @@ def _fuse(
             if step.equation.costly or (len(big) > 1 and apart):
                 continue
         found.sources[key] = big
-        found.inside.setdefault(step.tick, set()).update(kernels)
+        found.inside[step.tick] = found.inside.get(step.tick, set()) | kernels
         if of is None:
-            found.kept_for[key] = frozenset(ticks - fusing)
+            if not ticks <= fusing:
+                found.kept_for[key] = frozenset(ticks - fusing)
         else:  # who reads the view reads the value itself
             read[of] = read[of] - {step.tick} | ticks
     return found

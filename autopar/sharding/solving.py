@@ -86,5 +86,7 @@ def least_peak(items: Iterable[Item]) -> int:
 
 
 def _ints(x: Floats, unit: float) -> npt.NDArray[np.int64]:
-    scaled = np.where(np.isfinite(x), np.rint(np.where(np.isfinite(x), x, 0) / unit), FORBIDDEN)
-    return scaled.astype(np.int64)
+    finite = np.isfinite(x)
+    if finite.all():
+        return np.rint(x / unit).astype(np.int64)
+    return np.where(finite, np.rint(np.where(finite, x, 0) / unit), FORBIDDEN).astype(np.int64)

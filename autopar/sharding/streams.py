@@ -143,8 +143,9 @@ class _Touching:
             for k, key in self._operands(step):
                 for value, maker in self._ways(key, kernel):
                     if maker is not None:
-                        waiting += [maker] if maker.tick not in visited else []
-                        visited.add(maker.tick)
+                        if maker.tick not in visited:
+                            visited.add(maker.tick)
+                            waiting.append(maker)
                     elif (value, None) not in seen and (value, when) not in seen:
                         seen.add((value, when))
                         yield (
@@ -154,11 +155,15 @@ class _Touching:
 
     def _operands(self, step: Step) -> list[tuple[int, Key]]:
         """The operands of a step that lie somewhere and are read in some layout."""
-        if step.tick not in self._known:
-            keys = ((k, (step.path, v)) for k, v in enumerate(step.equation.inputs) if v is not None)
-            homes, wants = self.model.homes, step.ways.operands
-            self._known[step.tick] = [(k, key) for k, key in keys if key in homes and wants[k]]
-        return self._known[step.tick]
+        known = self._known.get(step.tick)
+        if known is None:
+            path, homes, wants = step.path, self.model.homes, step.ways.operands
+            known = self._known[step.tick] = [
+                (k, key)
+                for k, v in enumerate(step.equation.inputs)
+                if v is not None and (key := (path, v)) in homes and wants[k]
+            ]
+        return known
 
     def _ways(self, key: Key, kernel: Step) -> Iterable[tuple[Key, Step | None]]:
         """How a kernel comes by a value: by running the step that makes it, or by reading it (None).

@@ -196,9 +196,9 @@ def boundary_bytes(graph: Graph) -> tuple[Array, Array]:
         for v in equation.outputs:
             readers = (graph.equations[j] for j in users.get(v, ()))
             at = [e.layer for e in readers if e.layer is not None and e.phase is not Phase.APPLY]
-            if at and equation.phase is Phase.FORWARD:
+            if at and equation.phase is Phase.FORWARD and max(at) > equation.layer:
                 forward[equation.layer + 1 : max(at) + 1] += graph.values[v].nbytes
-            elif at:
+            elif at and equation.phase is Phase.BACKWARD and min(at) < equation.layer:
                 backward[min(at) + 1 : equation.layer + 1] += graph.values[v].nbytes
     return forward, backward
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -29,18 +30,19 @@ class Differentiator:
 
     def __init__(self, relevant: frozenset[Var]):
         self._relevant = relevant
-        self._known: dict[Hashable, list[tuple[Layer, Derivative]]] = {}
+        self._known: dict[Hashable, list[_Known]] = {}
 
     def __call__(self, layer: Layer, remat: Any) -> Derivative:
         """Returns the derivative of a layer, its equations at the layer's own lines and names."""
         key = twin_key(layer, self._relevant, remat)
         alike = [] if key is None else self._known.setdefault(key, [])
-        found = next((x for x in alike if _same_rules(x[0], layer)), None)
+        rules = _rules(layer) if alike else None
+        found = next((x for x in alike if rules is not None and x.rules == rules), None)
         if found is None:
             own = differentiate_layer(layer, self._relevant, remat)
-            alike.append((layer, _opened(own)))
+            alike.append(_Known(layer, _opened(own)))
             return own
-        twin, known = found
+        twin, known = found.layer, found.derivative
         place = Relocation.between(twin, layer)
         outputs, inputs = dict(zip(twin.outputs, layer.outputs)), dict(zip(twin.inputs, layer.inputs))
         return Derivative(
@@ -49,6 +51,18 @@ class Differentiator:
             tuple(outputs[v] for v in known.targets),
             tuple(inputs[v] for v in known.wanted),
         )
+
+
+@dataclass
+class _Known:
+    """A layer that has been differentiated."""
+
+    layer: Layer
+    derivative: Derivative
+
+    @cached_property
+    def rules(self) -> Hashable | None:
+        return _rules(self.layer)
 
 
 def _opened(known: Derivative) -> Derivative:
@@ -89,18 +103,15 @@ def twin_key(layer: Layer, relevant: frozenset[Var], remat: Hashable) -> Hashabl
     return key
 
 
-def _same_rules(a: Layer, b: Layer) -> bool:
-    """Returns whether all functions with a derivative of their own, in layers of one key, have the same."""
-    if not _has_rules(a.equations):
-        return True
-    keys: list[Hashable] = []
-    for layer in (a, b):
-        numbers: dict[Var, int] = dict(zip(layer.inputs, itertools.count()))
-        try:
-            keys.append(_equations(layer.equations, numbers, rules=True))
-        except _Unlike:
-            return False
-    return keys[0] == keys[1]
+def _rules(layer: Layer) -> Hashable | None:
+    """Returns a key, equal for layers of one key if all functions with a derivative of their own have the
+    same; None where that cannot be told."""
+    if not _has_rules(layer.equations):
+        return ()
+    try:
+        return _equations(layer.equations, dict(zip(layer.inputs, itertools.count())), rules=True)
+    except _Unlike:
+        return None
 
 
 def _has_rules(equations: Sequence[JaxprEqn]) -> bool:
@@ -161,7 +172,20 @@ def _jaxpr(closed: ClosedJaxpr, rules: bool) -> Hashable:
     arguments = tuple(v.aval for v in numbers)
     equations = _equations(jaxpr.eqns, numbers, rules)
     outputs = tuple(_atom(a, numbers) for a in jaxpr.outvars)
-    return arguments, equations, outputs, tuple(map(id, closed.consts))
+    return arguments, equations, outputs, tuple(map(_Same, closed.consts))
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """An array that is compared by identity, and held so that no other gets its own."""
+
+    array: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.array is other.array
+
+    def __hash__(self) -> int:
+        return id(self.array)
 
 
 def _derivative(equation: JaxprEqn) -> Hashable:

@@ -219,7 +219,8 @@ class ChoiceProblem:
 
 
 def as_ints(values: npt.ArrayLike, what: str) -> IntArray:
-    """Returns values as an int64 array; refuses anything that isn't whole numbers within 64 bits."""
+    """Returns values as an int64 array, themselves if they are one; refuses anything that isn't whole numbers
+    within 64 bits."""
     try:
         got: npt.NDArray[Any] = np.asarray(values)
     except (ValueError, OverflowError) as error:
@@ -237,7 +238,7 @@ def as_ints(values: npt.ArrayLike, what: str) -> IntArray:
         raise ProblemError(
             f"{what}: expected integers within 64 bits, got {got.dtype}; scale and round costs first"
         )
-    return got.astype(np.int64)
+    return got.astype(np.int64, copy=False)
 
 
 def flatten(arrays: Sequence[IntArray]) -> tuple[IntArray, IntArray]:
@@ -258,7 +259,7 @@ def expand_limit(limit: int | npt.ArrayLike | None, horizon: int) -> IntArray:
         raise ProblemError(
             f"limit has shape {each.shape}; give one number, or one for each of {horizon} time steps"
         )
-    return each[:horizon]
+    return each[:horizon].copy()
 
 
 def validate(p: ChoiceProblem) -> None:
@@ -283,10 +284,10 @@ def validate(p: ChoiceProblem) -> None:
         ("costs of edges", p.edge_cost),
         ("usages", p.item_usage),
     ):
-        finite = values[values < FORBIDDEN] if what != "usages" else values
-        if len(finite) and (
-            int(finite.min()) < -MAX_TOTAL or np.abs(finite).astype(np.float64).sum() > MAX_TOTAL
-        ):
+        finite = values if what == "usages" else np.where(values < FORBIDDEN, values, 0)
+        least = int(finite.min(initial=0))
+        sizes = np.abs(finite) if least < 0 else finite
+        if least < -MAX_TOTAL or sizes.sum(dtype=np.float64) > MAX_TOTAL:
             raise ProblemError(
                 f"the {what} sum to more than 2**58 in size and could overflow; divide them all"
             )
