@@ -200,7 +200,7 @@ class _Emitter:
         renames: list[tuple[int, Buffer, Buffer]] = []
         pairs = self.facts.replaced_by
         news = sorted(pairs.values())
-        shared = {a for a, b in zip(news, news[1:]) if a == b}
+        shared = {news[k] for k in range(1, len(news)) if news[k] == news[k - 1]}
         for old, new in pairs.items():
             source = self.facts.whole(new)
             for to in self.facts.holders(old):
