@@ -28,9 +28,9 @@ DEFAULT = Options()
 PRICES = (0.0, 1e-12, 1e-11, 1e-10)
 """Seconds per byte: a gigabyte saved may cost nothing, 1, 10, 100 ms a step."""
 
-SHARED_GAP, WORTH = 1.1, 0.005
+SHARED_GAP, WORTH = 1.1, 0.0075
 """How much further from the optimum than for its own stage a plan may be proven for another one, where the
-solver ran out of time: that factor, and half a per cent."""
+solver ran out of time: that factor, and three quarters of a per cent."""
 
 FARTHER = 1.1
 """Where keeping gathered state promises no plan within so many times the seconds of one that is known, moving
