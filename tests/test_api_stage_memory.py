@@ -21,6 +21,6 @@ def test_micro_batches_in_flight_and_sums_of_gradients_fit_where_the_plan_says(n
     with step.compile(*model.args) as executable:
         held, compiled = check(plan.program()), executable.memory()
     for stage, buffers, row in zip(plan.stages, held, compiled, strict=True):
-        assert stage.memory.peak / 1.1 < buffers < 1.001 * stage.memory.peak
+        assert stage.memory.peak / 1.2 < buffers < 1.001 * stage.memory.peak
         assert row.beside > 0 and row.segment.startswith("backward")
         assert buffers < row.peak < (1 + MARGIN) * row.predicted

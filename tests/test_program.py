@@ -171,6 +171,9 @@ def test_old_state_is_donated_only_where_it_is_replaced():
         for n, run in enumerate(worker.instructions):
             if isinstance(run, Run) and run.donated:
                 dead = {run.inputs[k] for k in run.donated}
+                if run.segment.startswith(("forward", "backward")):  # sums, which it makes anew
+                    assert dead <= {*run.outputs} and all(b.role is Role.SUM for b in dead)
+                    continue
                 assert run.segment.startswith("apply.2") and dead <= set(worker.state)
                 assert not dead & {b for later in worker.instructions[n + 1 :] for b in reads(later)}
     assert program.workers[1].instructions[-2] != program.workers[1].instructions[-1]

@@ -48,6 +48,8 @@ class Segment:
             is needed.
         equations: indices into the graph's, in order (one without a layer may be in several segments).
         inputs: value ids read; outputs: value ids others need.
+        sums: (position among the outputs, scale) of what is summed over micro-batches: the segment is given
+            the sums so far after its inputs, and adds to them what it makes, times the scale.
     """
 
     name: str
@@ -57,6 +59,12 @@ class Segment:
     equations: tuple[int, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    sums: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """Value ids of all that the segment's function takes: its inputs, then the values of its sums."""
+        return (*self.inputs, *(self.outputs[position] for position, _ in self.sums))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +102,16 @@ class Recv:
 
     def __str__(self) -> str:
         return f"{_list(self.buffers)} = recv from {self.source} as {self.tag}"
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """Make sums of nothing, for the first micro-batch to be added to."""
+
+    buffers: tuple[Buffer, ...]
+
+    def __str__(self) -> str:
+        return f"{_list(self.buffers)} = zeros"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +153,7 @@ class Free:
         return f"free {_list(self.buffers)}"
 
 
-Instruction: TypeAlias = Run | Send | Recv | Accumulate | Rename | Free
+Instruction: TypeAlias = Run | Send | Recv | Zero | Accumulate | Rename | Free
 
 
 def _list(buffers: tuple[Buffer, ...]) -> str:
@@ -153,7 +171,7 @@ def reads(instruction: Instruction) -> tuple[Buffer, ...]:
             return buffers if first else sums + buffers
         case Rename(old=old):
             return (old,)
-        case Recv():
+        case Recv() | Zero():
             return ()
 
 
@@ -162,7 +180,7 @@ def writes(instruction: Instruction) -> tuple[Buffer, ...]:
     match instruction:
         case Run(outputs=outputs):
             return outputs
-        case Recv(buffers=buffers):
+        case Recv(buffers=buffers) | Zero(buffers=buffers):
             return buffers
         case Accumulate(sums=sums):
             return sums

@@ -4,6 +4,8 @@ need.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autopar.core.graph import Combine, Phase
 from autopar.core.plan import Plan
 from autopar.core.program import (
@@ -18,6 +20,7 @@ from autopar.core.program import (
     Segment,
     Send,
     Worker,
+    Zero,
 )
 from autopar.core.schedule import Schedule
 from autopar.program.layout import Facts
@@ -28,12 +31,11 @@ def emit(plan: Plan, schedule: Schedule) -> Program:
     """Returns the program of one step.
 
     Per micro-batch every stage runs its forward and backward in the schedule's order; a result that another
-    stage
-    reads is sent right after the run that makes it, and received right before the first run that reads it.
-    Values
-    that outlive the micro-batches are folded into sums. Then the apply segments run level by level, new state
-    goes
-    from the stage that makes it to every stage that holds it, and at last takes the old state's name.
+    stage reads is sent right after the run that makes it, and received right before the first run that reads
+    it. Values that outlive the micro-batches are folded into sums: by the segment that makes them, which is
+    handed the sums so far, where nothing else reads a single micro-batch's; so gradients and their sums are
+    not all there at once. Then the apply segments run level by level, new state goes from the stage that
+    makes it to every stage that holds it, and at last takes the old state's name.
 
     Args:
         plan: with segments. schedule: for as many stages and micro-batches as the plan has.
@@ -44,7 +46,7 @@ def emit(plan: Plan, schedule: Schedule) -> Program:
     emitter.sums()
     emitter.apply()
     emitter.new_state()
-    return Program(emitter.workers(), plan.segments, plan.microbatches)
+    return Program(emitter.workers(), tuple(map(emitter.summing, plan.segments)), plan.microbatches)
 
 
 class _Emitter:
@@ -58,6 +60,7 @@ class _Emitter:
         self._messages: dict[tuple[str, int], tuple[int, ...]] = {}
         self._lasting: dict[str, list[int]] = {}
         self._origins: dict[str, list[Segment]] = {}
+        self._summing: dict[str, Segment] = {}
         self.by_task = {(s.stage, s.phase): s for s in self.plan.segments if s.phase is not Phase.APPLY}
 
     # micro-batches
@@ -83,13 +86,37 @@ class _Emitter:
             if not self.have[stage].issuperset(buffers):
                 self.lists[stage].append(Recv(buffers, maker.stage, f"{maker.name}>{stage}.{i}"))
                 self.have[stage].update(buffers)
-        ins, outs = facts.parts(segment.inputs, i), facts.parts(segment.outputs, i)
-        self.lists[stage].append(Run(segment.name, ins, outs))
+        segment = self.summing(segment)
+        ins, outs = facts.parts(segment.inputs, i), list(facts.parts(segment.outputs, i))
+        sums = facts.sums(segment.outputs[position] for position, _ in segment.sums)
+        for (position, _), total in zip(segment.sums, sums):
+            outs[position] = total
+        if new := tuple(total for total in sums if total.value not in started):
+            self.lists[stage].append(Zero(new))
+            started.update(total.value for total in new)
+        given = tuple(range(len(ins), len(ins) + len(sums)))
+        self.lists[stage].append(Run(segment.name, ins + sums, tuple(outs), given))
         for to in range(len(self.lists)):
             if to != stage and (values := self._message(segment, to)):
                 buffers = facts.parts(values, i)
                 self.lists[stage].append(Send(buffers, to, f"{segment.name}>{to}.{i}"))
-        self._fold(stage, self._outliving(segment), started, [i])
+        summed = {total.value for total in sums}
+        self._fold(stage, [v for v in self._outliving(segment) if v not in summed], started, [i])
+
+    def summing(self, segment: Segment) -> Segment:
+        """Returns the segment with the sums that it adds to itself."""
+        if segment.name not in self._summing:
+            lasting = set() if segment.phase is Phase.APPLY else {*self._outliving(segment)}
+            sums = tuple(
+                (position, self._scale(v))
+                for position, v in enumerate(segment.outputs)
+                if v in lasting and self.facts.summed_where_made(v)
+            )
+            self._summing[segment.name] = replace(segment, sums=sums)
+        return self._summing[segment.name]
+
+    def _scale(self, value: int) -> float:
+        return 1 / self.plan.microbatches if self.facts.combine(value) is Combine.MEAN else 1.0
 
     def _outliving(self, segment: Segment) -> list[int]:
         if segment.name not in self._lasting:
@@ -137,7 +164,7 @@ class _Emitter:
         for (fresh, how), group in groups.items():
             for i in micro:
                 first = how is Combine.LAST or (fresh and i == micro[0])  # the last one's stays
-                scale = 1 / self.plan.microbatches if how is Combine.MEAN else 1.0
+                scale = self._scale(group[0])
                 sums, parts = self.facts.sums(group), tuple([Buffer(v, i) for v in group])
                 self.lists[stage].append(Accumulate(sums, parts, first, scale, how is Combine.CONCAT))
             started.update(group)

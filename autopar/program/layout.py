@@ -88,6 +88,12 @@ class Facts:
         """
         return value in self.micro and self.plan.microbatches > 1
 
+    def summed_where_made(self, value: int) -> bool:
+        """Returns whether the one segment that makes a micro-batch's value may add it to the sum right there:
+        nobody else wants it by itself."""
+        alone = all(r.phase is Phase.APPLY for r in self.readers.get(value, ()))
+        return alone and len(self.makers[value]) == 1 and self.combine(value) in (Combine.SUM, Combine.MEAN)
+
     def whole(self, value: int) -> Buffer:
         """Returns the buffer that holds a value for the apply phase: its sum, its only micro-batch, or
         itself.

@@ -42,7 +42,7 @@ def donate(instructions: Sequence[Instruction]) -> list[Instruction]:
             case Run(inputs=inputs, outputs=outputs):
                 made = {*outputs}
                 positions = tuple(k for k, b in enumerate(inputs) if heir.get(b) in made)
-                found.append(replace(instruction, donated=positions))
+                found.append(replace(instruction, donated=(*positions, *instruction.donated)))
             case _:
                 found.append(instruction)
         heir.update(dict.fromkeys(reads(instruction)))

@@ -96,6 +96,14 @@ def planned(plan: Plan, program: Program) -> Costs:
     slots = [{slot.value: slot for slot in worker.slots} for worker in program.workers]
 
     def run(segment: Segment) -> float:
+        return alone(segment) + fold_in(segment)
+
+    def fold_in(segment: Segment) -> float:
+        """Reads the sums; they are written instead of what is added to them."""
+        sums = sum(slots[segment.stage][segment.outputs[position]].nbytes for position, _ in segment.sums)
+        return sums / plan.stages[segment.stage].mesh.device.bandwidth
+
+    def alone(segment: Segment) -> float:
         own = plan.stages[segment.stage].sharding
         if len(program.segments) == 1:
             return own.forward + own.backward + own.apply

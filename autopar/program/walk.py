@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -63,6 +64,7 @@ class Walk:
         self._bytes = [sum(live.values()) for live in self._live]
         self.peak = list(self._bytes)
         self.beside = [{} for _ in workers]
+        self._added = [Counter[Buffer]() for _ in workers]
         self._mail: dict[str, tuple[float, int, tuple[Buffer, ...]]] = {}
         self._link: dict[tuple[int, int], float] = {}
         while (worker := next(self._ready(), None)) is not None:
@@ -140,7 +142,8 @@ class Walk:
             case Rename(old=old, new=new):
                 self._bytes[w] -= live.pop(new, 0)
                 live[new] = live.pop(old, 0)
-            case Run(segment=name, inputs=inputs, donated=donated):
+            case Run(segment=name, inputs=inputs, outputs=outputs, donated=donated):
+                self._added[w].update({*inputs} & {*outputs})
                 others = self._bytes[w] - sum(live.get(b, 0) for b in {*inputs})
                 self.beside[w][name] = max(others, self.beside[w].get(name, 0))
                 for k in donated:
@@ -161,6 +164,9 @@ class Walk:
             if (stuck := self._peek(w)) is not None:
                 self.errors.append(f"deadlock: worker {w} waits forever at #{self._next[w]}: {stuck}")
                 continue
+            for total, times in sorted(self._added[w].items()):
+                if times != self.program.microbatches:
+                    self.errors.append(f"worker {w} adds {times} micro-batches to {total}")
             kept = {*worker.state, *(b for _, b in worker.results)}
             if missing := sorted(kept.difference(self._live[w])):
                 self.errors.append(f"worker {w} ends without {', '.join(map(str, missing))}")

@@ -24,6 +24,7 @@ from autopar.core.program import (
     Run,
     Send,
     Worker,
+    Zero,
     reads,
     writes,
 )
@@ -168,6 +169,8 @@ class Interpreter:
                 return self._send(instruction)
             case Recv():
                 return self._recv(instruction)
+            case Zero():
+                return self._zero(instruction)
             case Accumulate(concat=True):
                 return self._append(instruction, final=position in self._last_piece)
             case Accumulate():
@@ -233,6 +236,14 @@ class Interpreter:
             return True
 
         return operation
+
+    def _zero(self, zero: Zero) -> Operation:
+        kept = {slot.value: slot for slot in self.worker.slots}
+        slots = [kept[buffer.value] for buffer in zero.buffers]
+        shapes, dtypes = tuple(slot.shape for slot in slots), tuple(slot.dtype for slot in slots)
+        make = kernels.zeros(shapes, dtypes, tuple(map(self._sharding, zero.buffers)))
+        put = self._put(zero.buffers)
+        return lambda registers: put(registers, make())
 
     def _accumulate(self, fold: Accumulate, donate: bool) -> Operation:
         get, put = self._get(fold.buffers), self._put(fold.sums)

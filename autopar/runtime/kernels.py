@@ -13,10 +13,20 @@ Array = Any
 Shardings = tuple[jax.sharding.Sharding, ...]
 
 
-def _scaled(x: Array, scale: float) -> Array:
+def scaled(x: Array, scale: float) -> Array:
+    """Returns x times a number, in the dtype of x."""
     if scale == 1:
         return x
     return (x * jnp.asarray(scale, jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+
+
+@functools.cache
+def zeros(
+    shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...], shardings: Shardings
+) -> Callable[[], list[Array]]:
+    """Returns a function that makes arrays of zeros."""
+    kinds = tuple(zip(shapes, dtypes))
+    return jax.jit(lambda: [jnp.zeros(shape, dtype) for shape, dtype in kinds], out_shardings=list(shardings))
 
 
 @functools.cache
@@ -24,7 +34,7 @@ def begin(scale: float, shardings: Shardings, donate: bool) -> Callable[[Sequenc
     """Returns a function xs → [scale·x]: the sums so far. donate: it may take the memory of xs."""
 
     def start(xs: Sequence[Array]) -> list[Array]:
-        return [_scaled(x, scale) for x in xs]
+        return [scaled(x, scale) for x in xs]
 
     return jax.jit(start, out_shardings=list(shardings), donate_argnums=0 if donate else ())
 
@@ -34,7 +44,7 @@ def add(scale: float, shardings: Shardings) -> Callable[[Sequence[Array], Sequen
     """Returns a function (sums, xs) → [sum + scale·x] that reuses the memory of the sums."""
 
     def fold(sums: Sequence[Array], xs: Sequence[Array]) -> list[Array]:
-        return [total + _scaled(x, scale) for total, x in zip(sums, xs)]
+        return [total + scaled(x, scale) for total, x in zip(sums, xs)]
 
     return jax.jit(fold, out_shardings=list(shardings), donate_argnums=0)
 

@@ -18,6 +18,7 @@ from autopar.core.plan import LoopLayouts, ShardingPlan
 from autopar.core.program import Segment
 from autopar.core.spec import Spec, replicated
 from autopar.runtime import matvec, skinny
+from autopar.runtime.kernels import scaled
 from autopar.runtime.layout import JaxMesh, named, on_host, struct
 from autopar.runtime.order import KEEPING_ORDER, joins
 from autopar.sharding.resharding import hops
@@ -76,12 +77,15 @@ def lower(
 
     def fun(arrays: Sequence[Array]) -> list[Array]:
         run = _Evaluation(traced, _Layouts.of(sharding), _Target(sharding, jmesh, bool(after)), after)
-        return run(segment.equations, dict(zip(segment.inputs, arrays, strict=True)), segment.outputs)
+        results = run(segment.equations, dict(zip(segment.inputs, arrays)), segment.outputs)
+        for (position, scale), total in zip(segment.sums, arrays[len(segment.inputs) :], strict=True):
+            results[position] = total + scaled(results[position], scale)
+        return results
 
     return Lowered(
         segment.name,
         fun,
-        tuple(map(boundary, segment.inputs)),
+        tuple(map(boundary, segment.arguments)),
         tuple(map(boundary, segment.outputs)),
         KEEPING_ORDER if after and on_host(jmesh) else None,
     )

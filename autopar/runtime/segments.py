@@ -101,13 +101,15 @@ def restorer(order: Sequence[int]) -> Callable[[Sequence[Array]], Sequence[Array
 
 
 def heirs(worker: Worker) -> dict[str, dict[int, int]]:
-    """Returns segment → input position → position of the output that takes its name after the step."""
+    """Returns segment → input position → position of the output that takes its name: a sum's at once, new
+    state's after the step."""
     named = {i.new: i.old for i in worker.instructions if isinstance(i, Rename)}
     found: dict[str, dict[int, int]] = {}
     for run in worker.instructions:
         if isinstance(run, Run):
             places = {b: o for o, b in enumerate(run.outputs)}
-            mine = {k: places[named[b]] for k, b in enumerate(run.inputs) if named.get(b) in places}
+            takes = [named.get(b, b) for b in run.inputs]
+            mine = {k: places[b] for k, b in enumerate(takes) if b in places}
             found[run.segment] = {k: o for k, o in mine.items() if found.get(run.segment, mine).get(k) == o}
     return found
 

@@ -23,6 +23,9 @@ from autopar.sharding.model import Home, Key, Model
 from autopar.sharding.moved import Held
 from autopar.sharding.region import Region
 
+ADDED = (Combine.SUM, Combine.MEAN)
+"""How values combine whose micro-batches are added up as they are made."""
+
 STATE, RESIDUAL, PASSING, BY, TURNED = "state", "residual", "passing", "passing by", "turned"
 
 
@@ -90,7 +93,7 @@ def usage(
             start, stop = 0, end if region.microbatches == 1 else turn
         if not key[0] and key[1] in sums:
             add(key, home, 0, end, STATE, region.microbatches if sums[key[1]] is Combine.CONCAT else 1)
-            stop = min(stop, max(turn, start + 1))
+            stop = spans.added(key) if sums[key[1]] in ADDED else min(stop, max(turn, start + 1))
         keep(key, home, (start, stop, residual))
         for when, longer in () if given else spans.longer(key, stop):
             keep(key, model.entry(key, when), longer)
@@ -170,6 +173,16 @@ class Spans:
         certain, crosses = self.reading.certain(key)
         last = max(self.last.get(key, start), start, certain)
         return start, self.model.ticks + 1 if result else last + 1, key in self.crossing or crosses
+
+    def added(self, key: Key) -> int:
+        """Returns the tick at which a micro-batch's value is in its sum (`program.emit`), and no longer read.
+
+        What another region may want by itself waits for the end of the micro-batch.
+        """
+        uses = [tick for tick, phase in self.model.uses.get(key, ()) if phase is not Phase.APPLY]
+        if key[1] in self.region.leaving or key in self.crossing:
+            uses.append(last_microbatch_tick(self.region, self.model) - 1)
+        return max(uses, default=self.model.first[key]) + 1
 
     def longer(self, key: Key, stop: int) -> list[tuple[Alternative, tuple[int, int, bool]]]:
         """Returns (start, stop, is a residual) beyond `stop` of a value that some alternatives keep for

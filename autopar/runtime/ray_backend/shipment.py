@@ -89,7 +89,8 @@ def _blobs(
         lowered, fun = compiled.lowered, compiled.jitted
         exported = jax.export.export(fun, platforms=platforms)(*lowered.inputs)  # type: ignore[arg-type]
         specs = [
-            sharding.layout.get(v, replicated(len(x.shape))) for v, x in zip(segment.inputs, lowered.inputs)
+            sharding.layout.get(v, replicated(len(x.shape)))
+            for v, x in zip(segment.arguments, lowered.inputs, strict=True)
         ]
         inputs = tuple((x.shape, str(x.dtype), spec) for x, spec in zip(lowered.inputs, specs))
         yield Blob(name, bytes(exported.serialize()), inputs, donated, tuple(compiled.order))
