@@ -11,7 +11,7 @@ import autopar as ap
 from autopar.api.tracing import Tracer
 from autopar.core.errors import BadInput, DoesNotFit, UnknownName
 from autopar.core.graph import OpKind, Remat
-from autopar.sharding.restrict import choosing
+from autopar.sharding.limit.restrict import choosing
 from autopar.stages.forward import END
 from tests.steps import EIGHT, alone, assert_equal, case, run
 

@@ -10,8 +10,8 @@ from autopar.bench.hlo_traffic import Sent, traffic
 from autopar.bench.hlo_work import kernels
 from autopar.bench.score import price_of
 from autopar.core.mesh import Axis, Device, Mesh
-from autopar.sharding.cost import collective
-from autopar.sharding.grid import grid_of
+from autopar.sharding.ways.cost import collective
+from autopar.sharding.ways.grid import grid_of
 
 MESH = Mesh(
     Device("test", 1 << 34, 9e11, (("float32", 1.4e13),), 1e11),

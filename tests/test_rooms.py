@@ -17,6 +17,9 @@ OUTSIDE = {
     "highspy": {"autopar_solver"},
 }
 
+GROUPS = {"sharding": ["options region pins text", "ways", "choices", "memory", "problem", "limit"]}
+"""Inside a room: files that all may import, then groups, each of which imports only those before it."""
+
 
 def files() -> list[Path]:
     return sorted([*(ROOT / "autopar").rglob("*.py"), *(ROOT / "solver" / "autopar_solver").rglob("*.py")])
@@ -56,6 +59,17 @@ def breaches(path: Path, source: str) -> list[str]:
         if top in OUTSIDE and room and not any(f"/{r}" in f"/{place}/" for r in OUTSIDE[top]):
             wrong.append(f"{room} imports {top}, which belongs to {', '.join(sorted(OUTSIDE[top]))}")
     return wrong
+
+
+@pytest.mark.parametrize("room", GROUPS)
+def test_a_group_imports_only_groups_before_it(room: str):
+    first, *groups = GROUPS[room]
+    for number, group in enumerate(groups):
+        allowed = {*first.split(), *groups[: number + 1]}
+        for path in (ROOT / "autopar" / room / group).glob("*.py"):
+            names = [name.split(".") for name in imports(path.read_text())]
+            inside = {each[2] for each in names if each[:2] == ["autopar", room]}
+            assert inside <= allowed, f"{path} imports {sorted(inside - allowed)}"
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))

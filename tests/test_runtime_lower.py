@@ -14,8 +14,8 @@ from autopar.core.plan import LoopLayouts, Memory, ShardingPlan
 from autopar.core.program import Segment
 from autopar.runtime import layout
 from autopar.runtime.lower import lower
-from autopar.sharding.grid import grid_of
-from autopar.sharding.resharding import table_for
+from autopar.sharding.ways.grid import grid_of
+from autopar.sharding.ways.resharding import table_for
 from autopar.trace.capture import capture
 
 DEVICE = Device("test", 1 << 30, 1e11, (("float32", 1e12),), 1e10)

@@ -15,14 +15,14 @@ from autopar.core.errors import BadInput, DoesNotFit, PlanError
 from autopar.core.graph import Combine, Equation, Graph, Loop, OpKind, Phase, Rule, Value
 from autopar.core.mesh import Axis, Device, Mesh
 from autopar.core.plan import ShardingPlan
-from autopar.sharding.grid import grid_of
 from autopar.sharding.options import Options
 from autopar.sharding.pins import data_parallel, zero2, zero3
 from autopar.sharding.plan import offers, plan
 from autopar.sharding.region import extract, signature
-from autopar.sharding.resharding import table_for
-from autopar.sharding.strategies import Op, Tensor, enumerate_strategies, place
 from autopar.sharding.text import table
+from autopar.sharding.ways.grid import grid_of
+from autopar.sharding.ways.resharding import table_for
+from autopar.sharding.ways.strategies import Op, Tensor, enumerate_strategies, place
 
 GOLDEN = Path(__file__).parent / "golden"
 FLOPS, MEMORY_BANDWIDTH = 1e13, 1e12

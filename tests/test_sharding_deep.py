@@ -11,14 +11,14 @@ from autopar.core.graph import Remat
 from autopar.core.mesh import Axis, Device, Mesh
 from autopar.models import catalog
 from autopar.sharding import plan as intra
-from autopar.sharding.alike import share
-from autopar.sharding.assemble import uneven
-from autopar.sharding.mixing import LEAN, Mixer, layers_of
+from autopar.sharding.limit.mixing import LEAN, Mixer, layers_of
+from autopar.sharding.limit.shallow import layer_kinds, shallow
 from autopar.sharding.options import Options
+from autopar.sharding.problem.alike import share
+from autopar.sharding.problem.assemble import uneven
+from autopar.sharding.problem.setting import prepare
+from autopar.sharding.problem.solving import minimise
 from autopar.sharding.region import extract
-from autopar.sharding.setting import prepare
-from autopar.sharding.shallow import layer_kinds, shallow
-from autopar.sharding.solving import minimise
 from autopar.stages import assign
 from autopar.trace.capture import capture
 

@@ -15,13 +15,13 @@ from autopar.models import catalog
 from autopar.runtime.layout import jax_mesh
 from autopar.runtime.lower import lower
 from autopar.runtime.segments import Compiled
-from autopar.sharding.assemble import read_seconds
-from autopar.sharding.fusion import Fusion
-from autopar.sharding.memory import Spans
+from autopar.sharding.memory.alive import Spans
+from autopar.sharding.memory.fusion import Fusion
 from autopar.sharding.options import Options
 from autopar.sharding.plan import plan
+from autopar.sharding.problem.assemble import read_seconds
+from autopar.sharding.problem.setting import prepare
 from autopar.sharding.region import extract
-from autopar.sharding.setting import prepare
 from autopar.trace.capture import capture
 from autopar.trace.gradient import value_and_grad
 

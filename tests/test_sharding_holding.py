@@ -17,9 +17,9 @@ from autopar.core.mesh import Axis, Device, Mesh
 from autopar.sharding.options import Options
 from autopar.sharding.pins import zero3
 from autopar.sharding.plan import _finish, plan, relabel
+from autopar.sharding.problem.setting import canonical, prepare
 from autopar.sharding.region import extract
 from autopar.sharding.result import Reader
-from autopar.sharding.setting import canonical, prepare
 from autopar.trace.capture import capture
 from tests.test_sharding_truth import predicted, truth
 

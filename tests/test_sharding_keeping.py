@@ -7,12 +7,12 @@ import pytest
 
 from autopar.core.graph import Phase, Remat
 from autopar.core.mesh import Axis, Device, Mesh
-from autopar.sharding import mixing
-from autopar.sharding.moments import moments_of
+from autopar.sharding.limit import mixing
+from autopar.sharding.limit.moments import moments_of
 from autopar.sharding.options import Options
+from autopar.sharding.problem.setting import prepare
+from autopar.sharding.problem.solving import minimise
 from autopar.sharding.region import extract
-from autopar.sharding.setting import prepare
-from autopar.sharding.solving import minimise
 from autopar.stages import assign
 from autopar.trace.capture import capture
 from autopar.trace.gradient import value_and_grad

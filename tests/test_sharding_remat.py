@@ -18,12 +18,13 @@ from autopar.core.graph import OpKind, Remat
 from autopar.core.mesh import Axis, Device, Mesh
 from autopar.sharding import plan as intra
 from autopar.sharding import remat
-from autopar.sharding.alternatives import conditional, layers
-from autopar.sharding.assemble import assemble
+from autopar.sharding.choices.alternatives import layers
+from autopar.sharding.limit.restrict import choosing, restrict
 from autopar.sharding.options import Options
-from autopar.sharding.restrict import choosing, restrict
-from autopar.sharding.setting import prepare
-from autopar.sharding.solving import minimise
+from autopar.sharding.problem.assemble import assemble
+from autopar.sharding.problem.conditional import conditional
+from autopar.sharding.problem.setting import prepare
+from autopar.sharding.problem.solving import minimise
 from autopar.stages import assign
 from autopar.trace.capture import capture
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.core.mesh import Axis, Device, Mesh
-from autopar.sharding.cost import ALL_REDUCE, REDUCE_SCATTER, SLICE, collective
-from autopar.sharding.grid import Layout, grid_of
-from autopar.sharding.resharding import NOMINAL, Move, hops, moves, passes, table_for
+from autopar.sharding.ways.cost import ALL_REDUCE, REDUCE_SCATTER, SLICE, collective
+from autopar.sharding.ways.grid import Layout, grid_of
+from autopar.sharding.ways.resharding import NOMINAL, Move, hops, moves, passes, table_for
 
 DEVICE = Device("test", 1 << 34, 1e12, (("float32", 1e13),), 1e11)
 MESH = Mesh(DEVICE, (Axis("x", 2, 1.2e10, 2e-5), Axis("y", 4, 1e11, 5e-6)))

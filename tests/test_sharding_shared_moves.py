@@ -9,9 +9,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from autopar.core.graph import Phase, Value
 from autopar.core.mesh import Axis, Device, Mesh
-from autopar.sharding.grid import grid_of
-from autopar.sharding.resharding import hops
 from autopar.sharding.result import Reader, common
+from autopar.sharding.ways.grid import grid_of
+from autopar.sharding.ways.resharding import hops
 
 MESH = Mesh(
     Device("test", 1 << 34, 1e12, (("float32", 1e13),), 1e11),

@@ -14,12 +14,12 @@ from autopar import value_and_grad
 from autopar.core.errors import DoesNotFit
 from autopar.core.mesh import Axis, Device, Mesh
 from autopar.sharding import plan as intra
-from autopar.sharding.lowered import attempts, bounded, expected
-from autopar.sharding.moments import moments_of
+from autopar.sharding.limit.lowered import attempts, bounded, expected
+from autopar.sharding.limit.moments import moments_of
+from autopar.sharding.limit.squeeze import squeeze
 from autopar.sharding.options import Options
+from autopar.sharding.problem.setting import canonical, prepare
 from autopar.sharding.region import extract
-from autopar.sharding.setting import canonical, prepare
-from autopar.sharding.squeeze import squeeze
 from autopar.stages import assign
 from autopar.trace.capture import capture
 

@@ -20,12 +20,12 @@ from autopar.models import gpt
 from autopar.models.step import adamw, train_step
 from autopar.runtime.layout import jax_mesh, named
 from autopar.runtime.lower import lower
-from autopar.sharding.cost import collective
-from autopar.sharding.grid import grid_of
 from autopar.sharding.options import Options
 from autopar.sharding.pins import data_parallel, zero3
 from autopar.sharding.plan import plan
-from autopar.sharding.resharding import hops, table_for
+from autopar.sharding.ways.cost import collective
+from autopar.sharding.ways.grid import grid_of
+from autopar.sharding.ways.resharding import hops, table_for
 from autopar.trace.capture import capture
 
 DEVICE = Device("test", 1 << 34, 9e11, (("float32", 1.4e13),), 1e11)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from autopar.sharding.explicit import explicit
-from autopar.sharding.moments import moments_of
-from autopar.sharding.setting import alike, prepare
-from autopar.sharding.vicinity import Vicinity
+from autopar.sharding.limit.explicit import explicit
+from autopar.sharding.limit.moments import moments_of
+from autopar.sharding.limit.vicinity import Vicinity
+from autopar.sharding.problem.setting import alike, prepare
 from tests.test_sharding_squeeze import MESH, setting_of
 
 

@@ -31,7 +31,7 @@ from autopar.core.plan import ShardingPlan
 from autopar.sharding import pins
 from autopar.sharding import plan as intra
 from autopar.sharding import remat as layers
-from autopar.sharding.restrict import choosing
+from autopar.sharding.limit.restrict import choosing
 from autopar.stages.forward import END
 from autopar.stages.offers import Offer
 from autopar.trace.either import Remats

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from autopar.bench.hlo import Computation, Instruction, Module
 from autopar.bench.hlo_groups import Groups, axes_of, groups
-from autopar.sharding.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, PERMUTE, REDUCE_SCATTER
+from autopar.sharding.ways.cost import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, PERMUTE, REDUCE_SCATTER
 
 KINDS = {
     "all-reduce": ALL_REDUCE,
@@ -28,7 +28,7 @@ class Sent:
     """One collective of the compiled program.
 
     Attributes:
-        kind: as in `autopar.sharding.cost`.
+        kind: as in `autopar.sharding.ways.cost`.
         sizes: (axis of the mesh, how many of its positions one group spans).
         nbytes: the biggest buffer of one device: the whole tensor of an all-reduce, the result of an
             all-gather, the input of a reduce-scatter, the local part in an all-to-all or permute.

@@ -30,10 +30,10 @@ from autopar.runtime.layout import jax_mesh
 from autopar.runtime.lower import Lowered, lower
 from autopar.runtime.segments import Compiled
 from autopar.sharding import plan as intra
-from autopar.sharding.grid import grid_of
 from autopar.sharding.options import Options
 from autopar.sharding.pins import Pins
-from autopar.sharding.resharding import divisible, fits
+from autopar.sharding.ways.grid import grid_of
+from autopar.sharding.ways.resharding import divisible, fits
 from autopar.stages.offers import replacements
 from autopar.trace.traced import Traced
 

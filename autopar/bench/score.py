@@ -12,8 +12,8 @@ from autopar.bench.hlo_traffic import Sent, traffic
 from autopar.bench.hlo_work import kernels
 from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
-from autopar.sharding.cost import Price, collective, legs
-from autopar.sharding.grid import Grid, grid_of
+from autopar.sharding.ways.cost import Price, collective, legs
+from autopar.sharding.ways.grid import Grid, grid_of
 
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
 

@@ -21,7 +21,7 @@ from autopar.runtime import matvec, skinny
 from autopar.runtime.kernels import scaled
 from autopar.runtime.layout import JaxMesh, named, on_host, struct
 from autopar.runtime.order import KEEPING_ORDER, joins
-from autopar.sharding.resharding import hops
+from autopar.sharding.ways.resharding import hops
 from autopar.trace import evaluate
 
 Array = Any

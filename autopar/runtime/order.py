@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from autopar.core.graph import Equation, Graph, OpKind, Phase
-from autopar.sharding.fusion import INSIDE
+from autopar.sharding.memory.fusion import INSIDE
 
 KEEPING_ORDER = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
@@ -70,7 +70,7 @@ def _results(graph: Graph, equations: Sequence[int]) -> list[int]:
 
 def _written(graph: Graph, equation: Equation, readers: Sequence[int]) -> bool:
     """Whether the result of an equation is in memory as long as it is read; what kernels compute again, each
-    for itself, is not (`autopar.sharding.fusion`)."""
+    for itself, is not (`autopar.sharding.memory.fusion`)."""
     if equation.kind not in INSIDE:
         return True
     shapes = [graph.values[v].shape for v in equation.operands]

@@ -13,11 +13,11 @@ from autopar.core.errors import BadInput, PlanError
 from autopar.core.graph import Graph
 from autopar.core.plan import ShardingPlan
 from autopar.core.spec import Spec, text
-from autopar.sharding.assemble import Floats
 from autopar.sharding.options import Options
+from autopar.sharding.problem.assemble import Floats
+from autopar.sharding.problem.setting import Setting, canonical, limit_of, prepare
+from autopar.sharding.problem.solving import minimise
 from autopar.sharding.region import Region, extract
-from autopar.sharding.setting import Setting, canonical, limit_of, prepare
-from autopar.sharding.solving import minimise
 
 SECONDS = 5.0
 """Time to plan again with one layout pinned."""

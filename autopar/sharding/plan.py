@@ -13,15 +13,23 @@ from autopar.core.graph import Graph, Phase
 from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
 from autopar.core.spec import Spec
-from autopar.sharding.limited import WATCHED, fitting, leanest
-from autopar.sharding.lowered import expected
-from autopar.sharding.mixing import keeping_products
+from autopar.sharding.limit.limited import WATCHED, fitting, leanest
+from autopar.sharding.limit.lowered import expected
+from autopar.sharding.limit.mixing import keeping_products
+from autopar.sharding.limit.squeeze import promised, proven
 from autopar.sharding.options import Options
+from autopar.sharding.problem.setting import (
+    Setting,
+    alike,
+    canonical,
+    check_options,
+    limit_of,
+    pinned,
+    prepare,
+)
+from autopar.sharding.problem.solving import Solved
 from autopar.sharding.region import Region, extract, region_key
 from autopar.sharding.result import Reader, loops, specs_of, triples
-from autopar.sharding.setting import Setting, alike, canonical, check_options, limit_of, pinned, prepare
-from autopar.sharding.solving import Solved
-from autopar.sharding.squeeze import promised, proven
 
 DEFAULT = Options()
 

@@ -1,9 +1,9 @@
 """What each layer computes again in its backward pass, chosen with all layouts under a memory limit.
 
 The graph holds every alternative of every layer, and one integer program chooses among them and all layouts
-(`sharding/alternatives.py`); where it is small it is solved as a whole, which bounds what any choice can
+(`choices/alternatives.py`); where it is small it is solved as a whole, which bounds what any choice can
 reach, or proves that nothing fits. A larger one is branched on its layers first: the alternatives that are
-taken make an ordinary graph (`sharding/restrict.py`), whose own program is solved. Few assignments are gone
+taken make an ordinary graph (`limit/restrict.py`), whose own program is solved. Few assignments are gone
 through completely, as far as the time they need without a limit does not rule them out. Of many, those are
 looked at that save most bytes per second that computing again takes, layer by layer (the choices at every
 price of memory, as far as layers do not influence each other); how many layers have to compute more is
@@ -26,15 +26,15 @@ from autopar.core.graph import Alternative, Graph, OpKind, Remat
 from autopar.core.mesh import Mesh
 from autopar.core.plan import ShardingPlan
 from autopar.sharding import plan as intra
-from autopar.sharding.alternatives import conditional
-from autopar.sharding.assemble import assemble
-from autopar.sharding.memory import BY
+from autopar.sharding.limit.restrict import choosing, restrict
+from autopar.sharding.limit.shallow import layer_kinds, shallow
+from autopar.sharding.memory.alive import BY
 from autopar.sharding.options import Options
+from autopar.sharding.problem.assemble import assemble
+from autopar.sharding.problem.conditional import conditional
+from autopar.sharding.problem.setting import Setting, canonical, limit_of, prepare
+from autopar.sharding.problem.solving import Solved, minimise
 from autopar.sharding.region import extract
-from autopar.sharding.restrict import choosing, restrict
-from autopar.sharding.setting import Setting, canonical, limit_of, prepare
-from autopar.sharding.shallow import layer_kinds, shallow
-from autopar.sharding.solving import Solved, minimise
 from autopar.sharding.text import gigabytes
 
 Taken: TypeAlias = tuple[Remat, ...]

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from autopar.core.graph import Phase, Value
 from autopar.core.plan import Collective, LoopLayouts
 from autopar.core.spec import Spec
-from autopar.sharding.copies import moved_for
-from autopar.sharding.cost import SLICE, collective
-from autopar.sharding.grid import Grid, Layout
-from autopar.sharding.model import Home, Key, Lazy, Model, Path
+from autopar.sharding.choices.copies import moved_for
+from autopar.sharding.choices.model import Home, Key, Lazy, Model, Path
 from autopar.sharding.region import Region
-from autopar.sharding.resharding import table_for
-from autopar.sharding.strategies import lead
+from autopar.sharding.ways.cost import SLICE, collective
+from autopar.sharding.ways.grid import Grid, Layout
+from autopar.sharding.ways.resharding import table_for
+from autopar.sharding.ways.strategies import lead
 
 Triples = tuple[tuple[int, int, Spec], ...]
 

@@ -1,0 +1,1 @@
+"""The choices as numbers: seconds per choice and pair of choices, bytes over time; and their solution."""

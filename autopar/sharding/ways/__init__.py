@@ -1,0 +1,1 @@
+"""How one operation can be spread over a mesh, how a value changes its layout, and what both cost."""
