@@ -56,6 +56,11 @@ class Combine(enum.StrEnum):
     CONCAT = "concat"  # along dim 0: per-example results
     LAST = "last"  # equal in every micro-batch
 
+    @property
+    def adds(self) -> bool:
+        """Whether micro-batches are added up one by one, as they are made."""
+        return self in (Combine.MEAN, Combine.SUM)
+
 
 @dataclass(frozen=True, slots=True)
 class Value:

@@ -92,7 +92,7 @@ class Facts:
         """Returns whether the one segment that makes a micro-batch's value may add it to the sum right there:
         nobody else wants it by itself."""
         alone = all(r.phase is Phase.APPLY for r in self.readers.get(value, ()))
-        return alone and len(self.makers[value]) == 1 and self.combine(value) in (Combine.SUM, Combine.MEAN)
+        return alone and len(self.makers[value]) == 1 and self.combine(value).adds
 
     def whole(self, value: int) -> Buffer:
         """Returns the buffer that holds a value for the apply phase: its sum, its only micro-batch, or

@@ -22,8 +22,8 @@ import numpy as np
 from autopar.core.graph import OpKind, Phase
 from autopar.sharding.choices.model import Model
 from autopar.sharding.limit.filling import filled, neighbours, parts, saved
-from autopar.sharding.limit.prices import Alive, Point, Running, Steps, mixture, over_time
-from autopar.sharding.memory.alive import STATE, Item
+from autopar.sharding.limit.prices import Alive, Point, Running, Steps, mixture
+from autopar.sharding.memory.alive import STATE, Item, over_time
 from autopar.sharding.problem.assemble import Costs, Floats
 from autopar.sharding.problem.setting import Setting
 from autopar.sharding.problem.solving import Solved, minimise

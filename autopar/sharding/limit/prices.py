@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -66,27 +66,39 @@ def mixture(points: Sequence[Point], limit: int, dearest: float) -> Mixture:
     _, first = np.unique(usage[rows], axis=0, return_index=True)
     rows = rows[first]
     unit = max(point.seconds for point in points) or 1.0
+    found = cheapest([point.seconds / unit for point in points], usage[rows], 1.0, dearest * limit / unit)
+    prices = np.zeros(len(usage))
+    prices[rows] = found.duals * unit / limit
+    return Mixture(prices, found.cost * unit, found.shares, found.excess < 1e-9)
+
+
+class Cheapest(NamedTuple):
+    """Shares of columns, what they cost and exceed the room by, and what more room would save in each row."""
+
+    shares: Floats
+    cost: float
+    excess: float
+    duals: Floats
+
+
+def cheapest(costs: Sequence[float], usage: Floats, room: float, dear: float) -> Cheapest:
+    """Returns shares of columns, one in all, that cost least: usage · shares ≤ room + excess in every row.
+
+    Args:
+        costs: of each column. usage: of each row by each column. dear: what one unit of excess costs.
+    """
+    rows, columns = usage.shape
     found = linprog(
-        [*(point.seconds / unit for point in points), dearest * limit / unit],
-        A_ub=np.hstack([usage[rows], -np.ones((len(rows), 1))]),
-        b_ub=np.ones(len(rows)),
-        A_eq=np.array([[1.0] * len(points) + [0.0]]),
+        [*costs, dear],
+        A_ub=np.hstack([usage, np.full((rows, 1), -1.0)]),
+        b_ub=np.full(rows, room),
+        A_eq=np.array([[1.0] * columns + [0.0]]),
         b_eq=[1.0],
         bounds=(0, None),
         method="highs",
     )
-    prices = np.zeros(len(usage))
-    prices[rows] = np.maximum(0.0, -found.ineqlin.marginals) * unit / limit
-    return Mixture(prices, float(found.fun) * unit, found.x[:-1], found.x[-1] < 1e-9)
-
-
-def over_time(spans: Iterable[tuple[int, int, int]], ticks: int) -> Steps:
-    """Returns the bytes at every tick of (start, stop, bytes), alive in [start, stop)."""
-    steps = np.zeros(ticks + 1, np.int64)
-    for start, stop, nbytes in spans:
-        steps[min(start, ticks)] += nbytes
-        steps[min(stop, ticks)] -= nbytes
-    return np.cumsum(steps)[:-1]
+    duals = np.maximum(0.0, -found.ineqlin.marginals)
+    return Cheapest(found.x[:-1], float(found.fun), float(found.x[-1]), duals)
 
 
 class Alive:

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linprog
 
 from autopar.sharding.limit.lowered import SMALL, attempts, bounded, expected
 from autopar.sharding.limit.moments import Chosen, Floats, Moments, Seen, known_of, moments_of, remember
+from autopar.sharding.limit.prices import cheapest
 from autopar.sharding.limit.vicinity import Vicinity
 from autopar.sharding.problem.solving import minimise
 
@@ -187,23 +187,13 @@ class Squeeze:
         usage = np.array([s.usage for s in columns]).T / self.limit
         rows = np.flatnonzero(usage.max(axis=1) > (1.0 if unit else 0.0))
         rows = rows[_peaks(usage[rows])]
-        over = np.full((len(rows), 1), -1.0)
-        cost = np.array([s.seconds / unit if unit else 0.0 for s in columns] + [PENALTY if unit else 1.0])
-        found = linprog(
-            cost,
-            A_ub=np.hstack([usage[rows], over]),
-            b_ub=np.ones(len(rows)) if unit else np.zeros(len(rows)),
-            A_eq=np.array([[1.0] * len(columns) + [0.0]]),
-            b_eq=[1.0],
-            bounds=(0, None),
-            method="highs",
-        )
+        costs = [s.seconds / unit if unit else 0.0 for s in columns]
+        room, dear = (1.0, PENALTY) if unit else (0.0, 1.0)
+        found = cheapest(costs, usage[rows], room, dear)
         prices = np.zeros(self.moments.ticks)
-        prices[rows] = np.maximum(0.0, -found.ineqlin.marginals)
+        prices[rows] = found.duals
         scaled = prices * (unit / self.limit if unit else 1.0)
-        return Mixture(
-            scaled, float(found.fun) * (unit or self.limit), columns, found.x[:-1], found.x[-1] < CLOSE
-        )
+        return Mixture(scaled, found.cost * (unit or self.limit), columns, found.shares, found.excess < CLOSE)
 
     # one answer
     def _answer(

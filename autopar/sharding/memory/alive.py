@@ -23,9 +23,6 @@ from autopar.sharding.memory.moved import Held
 from autopar.sharding.region import Region
 from autopar.sharding.ways.grid import Grid, Layout
 
-ADDED = (Combine.SUM, Combine.MEAN)
-"""How values combine whose micro-batches are added up as they are made."""
-
 STATE, RESIDUAL, PASSING, BY, TURNED = "state", "residual", "passing", "passing by", "turned"
 
 
@@ -93,7 +90,7 @@ def usage(
             start, stop = 0, end if region.microbatches == 1 else turn
         if not key[0] and key[1] in sums:
             add(key, home, 0, end, STATE, region.microbatches if sums[key[1]] is Combine.CONCAT else 1)
-            stop = spans.added(key) if sums[key[1]] in ADDED else min(stop, max(turn, start + 1))
+            stop = spans.added(key) if sums[key[1]].adds else min(stop, max(turn, start + 1))
         keep(key, home, (start, stop, residual))
         for when, longer in () if given else spans.longer(key, stop):
             keep(key, model.entry(key, when), longer)
@@ -342,19 +339,29 @@ def totals(
 ) -> Memory:
     """Returns the memory of a choice per node; its `peak` is the most that is alive at any tick."""
     state = residual = 0
-    horizon = max((x.stop for x in (*items, *held)), default=0) + 1
-    steps = np.zeros(horizon + 1, dtype=np.int64)
+    spans = [(each.start, each.stop, each.nbytes) for each in held]
     for item in items:
         used = int(item.nbytes[chosen[item.node]])
         state += used if item.role == STATE else 0
         if item.role in (STATE, BY):
             continue
         residual += used if item.role == RESIDUAL else 0
-        steps[item.start] += used
-        steps[item.stop] -= used
-    for each in held:
-        steps[each.start] += each.nbytes
-        steps[each.stop] -= each.nbytes
+        spans.append((item.start, item.stop, used))
     kept = residual // max(1, in_flight)
-    alive = int(np.cumsum(steps).max(initial=0))
+    alive = most_alive(spans)
     return Memory(state, kept, in_flight, max(0, alive - kept * in_flight), limit)
+
+
+def most_alive(spans: Sequence[tuple[int, int, int]]) -> int:
+    """Returns the most bytes at any tick of (start, stop, bytes), alive in [start, stop)."""
+    ticks = max((stop for _, stop, _ in spans), default=0)
+    return int(over_time(spans, ticks).max(initial=0))
+
+
+def over_time(spans: Iterable[tuple[int, int, int]], ticks: int) -> npt.NDArray[np.int64]:
+    """Returns the bytes at every tick of (start, stop, bytes), alive in [start, stop)."""
+    steps = np.zeros(ticks + 1, np.int64)
+    for start, stop, nbytes in spans:
+        steps[min(start, ticks)] += nbytes
+        steps[min(stop, ticks)] -= nbytes
+    return np.cumsum(steps)[:-1]

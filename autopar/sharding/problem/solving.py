@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autopar.core.stopwatch import section
-from autopar.sharding.memory.alive import Item
+from autopar.sharding.memory.alive import Item, most_alive
 from autopar.sharding.problem.assemble import Costs, Floats
 from autopar_solver import FORBIDDEN, ChoiceProblem, solve
 
@@ -77,12 +77,7 @@ def usage_of(costs: Costs) -> list[list[tuple[int, int, npt.NDArray[np.int64]]]]
 
 def least_peak(items: Iterable[Item]) -> int:
     """Returns bytes that no choice can stay below: every item at its smallest."""
-    spans = [(item.start, item.stop, int(item.nbytes.min())) for item in items]
-    steps = np.zeros(max((stop for _, stop, _ in spans), default=0) + 1, dtype=np.int64)
-    for start, stop, least in spans:
-        steps[start] += least
-        steps[stop] -= least
-    return int(np.cumsum(steps).max(initial=0))
+    return most_alive([(item.start, item.stop, int(item.nbytes.min())) for item in items])
 
 
 def _ints(x: Floats, unit: float) -> npt.NDArray[np.int64]:
